@@ -1,0 +1,26 @@
+"""Fixtures every folder of the suite uses, and the count of what was skipped for want of ../shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"
+NEEDS_SHARED = "needs ../shared (golden vectors and configs), which is absent here"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden vectors, configs and traces beside the checkout; the test is skipped without it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(NEEDS_SHARED)
+    return SHARED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests did not run for want of ../shared: a quiet skip looks like a pass."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if NEEDS_SHARED in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests were skipped: {NEEDS_SHARED}", yellow=True)
