@@ -75,6 +75,7 @@ class ExpertLayout:
     """Where one expert lies on disk: its extents, coalesced into the fewest runs, and every part as a view
     into them, keyed by (projection, suffix)."""
 
+    key: ExpertKey
     extents: tuple[Extent, ...]
     parts: Mapping[tuple[str, str], PartView]
     formats: Mapping[str, QuantFormat]

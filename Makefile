@@ -1,0 +1,44 @@
+# make demo: install into .venv and run the demo checkpoint. make test: install what tests need, then check everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint types unit soak clean
+
+demo: $(VENV)/.installed
+	$(BIN)/k2lite demo demo-model
+	$(BIN)/k2lite info demo-model
+	$(BIN)/k2lite run demo-model -p "Hello" --max-tokens 48 --seed 1
+
+test: lint types unit
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+# The full counts of the seeded samples that `make test` takes.
+soak: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --soak
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("k2lite needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-model build *.egg-info

@@ -1,0 +1,246 @@
+"""The seam to whatever multiplies.
+
+A backend must write five methods (capabilities, memory, alloc, copy, linear); all others have defaults made of
+these, correct on any device and slow. It becomes fast by overriding. torch.Tensor on `.device` is the currency,
+activations are float32 here; weights arrive as stored (QuantTensor). Never sees a cache or a file.
+
+Every default works on one token at a time: the bits of a token's result then can't depend on who shares its batch.
+
+Shapes: T tokens, D hidden, F expert width, E experts, K active experts, H heads, N cached tokens, R latent width,
+P rotary width, V value width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from k2lite.quant.types import ExpertWeights, QuantTensor
+
+CONTRACT = 1
+
+
+class Event(Protocol):
+    """Something a device has yet to finish."""
+
+    def wait(self) -> None: ...
+
+
+class _Done:
+    def wait(self) -> None:
+        return None
+
+
+DONE: Event = _Done()
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can multiply, and the name of its arithmetic: two runs with equal names give equal bits."""
+
+    formats: frozenset[str]
+    arithmetic: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the memory that `alloc` draws from."""
+
+    total_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How scores become a choice: names as in the model's config."""
+
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows [start, stop) of a batch that belong to one sequence, and that sequence's cache in this layer.
+
+    `latent` is [N, R + P], the new tokens' own rows included as the last stop - start ones."""
+
+    start: int
+    stop: int
+    latent: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One expert's work: row `rows[i]` of the batch, whose result goes to its slot `slots[i]` of K."""
+
+    expert: ExpertWeights
+    rows: torch.Tensor  # int64 [n]
+    slots: torch.Tensor  # int64 [n]
+
+
+class Backend(ABC):
+    """One device. The caller owns all weights; a backend keeps no reference to them between calls."""
+
+    name: ClassVar[str]
+    contract: ClassVar[int] = CONTRACT
+    device: torch.device
+
+    # -- required ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities: ...
+
+    @abstractmethod
+    def memory(self) -> Memory: ...
+
+    @abstractmethod
+    def alloc(self, nbytes: int) -> torch.Tensor:
+        """Uninitialized bytes, uint8 [nbytes], on the device, aligned to 64 bytes."""
+
+    @abstractmethod
+    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Event:
+        """Start copying `src` into `dst`, of equal shape and dtype; `src` must stay as it is until the event."""
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
+        """x [T, in] times the transpose of weight [out, in]: float32 [T, out]."""
+
+    # -- optional, with defaults --------------------------------------------------------------------------------
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values in the device's memory."""
+        bytes_there = self.alloc(tensor.nbytes)
+        there = bytes_there.view(tensor.dtype).view(tensor.shape)
+        self.copy(tensor, there).wait()
+        return there
+
+    def embed(self, ids: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
+        """Rows `ids` (int64 [T]) of an unquantized table [vocab, D]: float32 [T, D]."""
+        return weight.parts["weight"][ids].to(torch.float32)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """weight * x / sqrt(mean(x^2) + eps) over the last axis of x [T, n]; weight is float32 [n]."""
+
+        def one(row: torch.Tensor) -> torch.Tensor:
+            mean_square = (row * row).sum(-1) / row.shape[-1]
+            return weight * (row * torch.rsqrt(mean_square + eps))
+
+        return by_token(one, x)
+
+    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate interleaved pairs of x [T, ..., P] by tables [T, P / 2]."""
+        between = [1] * (x.dim() - 2)
+        cos, sin = (table.view(table.shape[0], *between, table.shape[1]) for table in (cos, sin))
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+    def router(
+        self, x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor, rule: RoutingRule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose K of E experts for each row of x [T, D]; weight [E, D], bias float32 [E].
+
+        Returns ids int64 [T, K] in ascending order and their weights float32 [T, K]. The bias enters the choice
+        only; ties go to the lowest id. Source: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2)."""
+        rows = [route(row, bias, rule) for row in self.linear(x, weight)]
+        if not rows:
+            return x.new_empty(0, rule.num_experts_per_tok, dtype=torch.int64), x.new_empty(0, rule.num_experts_per_tok)
+        ids, weights = zip(*rows, strict=True)
+        return torch.stack(ids), torch.stack(weights)
+
+    def mlp(self, x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        """down(silu(gate(x)) * up(x)) for x [T, D]: [T, D]."""
+        return self.linear(self._swiglu(x, weights), weights.down_proj)
+
+    def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
+        """Write each assignment's results into out [T, K, D]; x is [T, D]. The order of `work` changes no bit."""
+        for item in work:
+            out[item.rows, item.slots] = self.mlp(x[item.rows], item.expert)
+        return DONE
+
+    def combine(self, out: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        """Sum out [T, K, D] times weights [T, K] in slot order, that is by ascending expert id, then add the shared
+        expert's result [T, D], which has no weight."""
+        total = torch.zeros_like(shared)
+        for slot in range(out.shape[1]):
+            total = total + out[:, slot] * weights[:, slot, None]
+        return total + shared
+
+    def attention(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        segments: Sequence[Segment],
+        kv_b: QuantTensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Causal MLA in the absorbed form: queries [T, H, nope] and [T, H, P] against each segment's latent cache.
+
+        kv_b is [H * (nope + V), R]: for each head its key rows, then its value rows. Returns [T, H, V].
+        Source: DeepSeek-V2 (arXiv 2405.04434, section 2.1)."""
+        heads, nope = q_nope.shape[1:]
+        per_head = kv_b.dequantize().view(heads, -1, kv_b.shape[1])
+        key_rows = per_head[:, :nope].transpose(1, 2).contiguous()  # [H, R, nope]
+        value_rows = per_head[:, nope:]  # [H, V, R]
+        out = q_nope.new_empty(q_nope.shape[0], heads, value_rows.shape[1])
+        for token, latent in causal_rows(segments):
+            absorbed = dot(key_rows, q_nope[token][:, None])  # [H, R]
+            query = torch.cat((absorbed, q_rope[token]), dim=-1)
+            p = softmax(dot(query[:, None], latent) * scale)  # [H, N]
+            mixed = dot(p[:, None], latent[:, : kv_b.shape[1]].T.contiguous())  # [H, R]
+            out[token] = dot(value_rows, mixed[:, None])
+        return out
+
+    def _swiglu(self, x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        up = self.linear(x, weights.up_proj)
+        return by_token(torch.nn.functional.silu, self.linear(x, weights.gate_proj)) * up
+
+
+def by_token(op: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Apply an operation that keeps a row's shape to each row of x: vector libraries round the tail of an array
+    otherwise than its body, so a row's bits would depend on the rows beside it."""
+    return torch.stack([op(row) for row in x]) if len(x) else x.clone()
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products over the last axis. A product and a sum keep one order whatever the thread count or the number
+    of rows; a matrix library picks its algorithm by shape."""
+    return (a * b).sum(-1)
+
+
+def softmax(scores: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(scores, dim=-1)
+
+
+def causal_rows(segments: Sequence[Segment]) -> list[tuple[int, torch.Tensor]]:
+    """Each row of the batch with the cache rows it may see, its own included."""
+    rows = []
+    for segment in segments:
+        past = segment.latent.shape[0] - (segment.stop - segment.start)
+        rows += [(row, segment.latent[: past + row - segment.start + 1]) for row in range(segment.start, segment.stop)]
+    return rows
+
+
+def route(logits: torch.Tensor, bias: torch.Tensor, rule: RoutingRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """The choice for one token from its router logits [E]: ids [K] ascending and weights [K]."""
+    scores = torch.sigmoid(logits)
+    choice = scores + bias
+    if rule.n_group > 1:
+        groups = choice.view(rule.n_group, -1)
+        best_two = groups.topk(2, dim=-1).values.sum(-1)
+        kept = torch.sort(best_two, descending=True, stable=True).indices[: rule.topk_group]
+        masked = torch.full_like(groups, -torch.inf)
+        masked[kept] = groups[kept]
+        choice = masked.flatten()
+    # a stable sort, since topk leaves open which of two equal scores it takes
+    ids = torch.sort(choice, descending=True, stable=True).indices[: rule.num_experts_per_tok].sort().values
+    weights = scores[ids]
+    if rule.norm_topk_prob:
+        weights = weights / (weights.sum() + 1e-20)
+    return ids, weights * rule.routed_scaling_factor

@@ -1,0 +1,154 @@
+"""Writes a small Kimi-K2 with random weights: a real folder in K2-Instruct's own file format.
+
+FP8 blocks of 128 x 128 with F32 scales, BF16 norms, embeddings, head and router, several shards with an index, a
+byte-level tokenizer in tiktoken format and a chat template. It shows that everything runs; its text is noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from k2lite.quant.errors import RequestError
+from k2lite.quant.formats import FP8_NAME, format_named
+from k2lite.quant.types import PROJECTIONS
+
+from .config import ModelConfig, parse_config
+from .text.byte_tokenizer import write_byte_tokenizer
+from .weights import checkpoint_schema
+
+N_SHARDS = 4
+# Kimi-K2-Instruct's config.json, scaled down; 192 and 320 are no multiples of 128, so edge blocks occur.
+DEMO_CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "kimi_k2",
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 48,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "routed_scaling_factor": 2.827,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 50000.0,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 1024,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+    "max_position_embeddings": 8192,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+}
+
+
+def write_demo(folder: Path, *, seed: int = 0) -> None:
+    """Write the folder, complete or not at all. Refuses a name that exists, unless it is an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"{folder}: exists already; name a new folder")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        config = parse_config(DEMO_CONFIG, partial / "config.json")
+        _write_weights(partial, config, torch.Generator().manual_seed(seed))
+        _write_json(partial / "config.json", DEMO_CONFIG)
+        _write_json(
+            partial / "generation_config.json", {"max_length": config.max_position_embeddings, "eos_token_id": 258}
+        )
+        write_byte_tokenizer(partial, n_vocab=config.vocab_size)
+        _sync(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_weights(folder: Path, config: ModelConfig, generator: torch.Generator) -> None:
+    tensors = dict(_tensors(config, generator))
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for shard in range(N_SHARDS):
+        file = f"model-{shard + 1}-of-{N_SHARDS}.safetensors"
+        part = names[len(names) * shard // N_SHARDS : len(names) * (shard + 1) // N_SHARDS]
+        save_file({name: tensors[name].contiguous() for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _tensors(config: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor under its stored name. Sizes of values are such that a forward pass neither grows nor dies."""
+    schema = checkpoint_schema(config)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator).mul(columns**-0.5)
+
+    def fp8(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        module = name.removesuffix(".weight")
+        for suffix, part in format_named(FP8_NAME).quantize(weight).items():
+            yield f"{module}.{suffix}", part
+
+    for name, spec in schema.trunk.items():
+        if name.endswith("e_score_correction_bias"):
+            yield name, 0.02 * torch.randn(spec.shape, generator=generator)
+        elif len(spec.shape) == 1:
+            yield name, (1 + 0.1 * torch.randn(spec.shape, generator=generator)).to(torch.bfloat16)
+        elif not spec.quantizable or name == "lm_head.weight":
+            yield name, matrix(*spec.shape).to(torch.bfloat16)
+        else:
+            yield from fp8(name, matrix(*spec.shape))
+    width = (config.moe_intermediate_size, config.hidden_size)
+    for layer in schema.expert_layers:
+        for expert in range(schema.n_routed_experts):
+            for projection in PROJECTIONS:
+                shape = width[::-1] if projection == "down_proj" else width
+                yield from fp8(f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight", matrix(*shape))
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,58 @@
+"""The whole forward pass of Kimi-K2 and DeepSeek-V3, top to bottom.
+
+    x = Emb[ids];  for each layer: x += Attn(norm(x)); x += FFN(norm(x));  logits = Head(norm(x))
+
+Holds the trunk; asks a source for experts and a backend for arithmetic. Knows neither text nor devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from k2lite.backends.base import Backend
+from k2lite.offload.source import ExpertSource
+
+from .attention import Rotation, latent_attention
+from .batch import BatchRow
+from .config import ModelConfig
+from .moe import moe_block, routing_rule
+from .weights import LayerWeights, MoeWeights, TrunkWeights
+
+
+class Model:
+    """Weights and where the rest of them comes from."""
+
+    def __init__(self, config: ModelConfig, trunk: TrunkWeights, experts: ExpertSource, backend: Backend) -> None:
+        self.config = config
+        self._trunk = trunk
+        self._experts = experts
+        self._backend = backend
+        self._rule = routing_rule(config)
+
+    def hidden_states(self, ids: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
+        """Final hidden states float32 [T, D] of token ids int64 [T]; the caches in `rows` get the tokens' latents."""
+        rotation = Rotation(self.config, rows, self._backend.device)
+        x = self._backend.embed(ids.to(self._backend.device), self._trunk.embed_tokens)
+        for index, layer in enumerate(self._trunk.layers):
+            x = self._layer(x, layer, index, rows, rotation)
+        for row in rows:
+            row.cache.advance(row.tokens)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [T, vocab] of final hidden states [T, D]."""
+        normed = self._backend.rms_norm(hidden, self._trunk.norm, self.config.rms_norm_eps)
+        return self._backend.linear(normed, self._trunk.lm_head)
+
+    def _layer(
+        self, x: torch.Tensor, layer: LayerWeights, index: int, rows: Sequence[BatchRow], rotation: Rotation
+    ) -> torch.Tensor:
+        backend, eps = self._backend, self.config.rms_norm_eps
+        normed = backend.rms_norm(x, layer.input_layernorm, eps)
+        x = x + latent_attention(normed, layer.self_attn, index, rows, rotation, self.config, backend)
+        normed = backend.rms_norm(x, layer.post_attention_layernorm, eps)
+        if isinstance(layer.ffn, MoeWeights):
+            return x + moe_block(normed, layer.ffn, index, self._rule, self._experts, backend)
+        return x + backend.mlp(normed, layer.ffn)

@@ -1,0 +1,83 @@
+"""The plan: what must be in memory, where each layer's experts multiply, and the arithmetic that decides the bits.
+
+Made before anything is loaded, printed in one line, and kept to. Knows sizes; does not execute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from k2lite.backends.base import Backend
+from k2lite.quant.checkpoint import Checkpoint
+from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError
+
+from .config import ModelConfig
+from .kv_cache import LatentCache
+
+DEFAULT_CONTEXT_TOKENS = 32 * 1024
+# Python, torch and a step's temporaries.
+HEADROOM_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes by purpose, all in RAM, and the name of the arithmetic."""
+
+    backend: str
+    arithmetic: str
+    context_tokens: int
+    trunk_bytes: int
+    experts_bytes: int
+    kv_bytes: int
+
+    def experts_on(self, layer: int) -> Literal["host", "device", "split"]:  # noqa: ARG002
+        """Where a layer's experts multiply; one device so far, so every layer answers alike."""
+        return "host"
+
+    def __str__(self) -> str:
+        return (
+            f"backend {self.backend} ({self.arithmetic}); in RAM: trunk {gib(self.trunk_bytes)}, "
+            f"experts {gib(self.experts_bytes)}, KV for {self.context_tokens} tokens {gib(self.kv_bytes)}"
+        )
+
+
+def plan_placement(
+    config: ModelConfig, checkpoint: Checkpoint, backend: Backend, *, context_tokens: int | None = None
+) -> Placement:
+    """Decide, or raise: ContextLengthError for a context the model was not made for, BackendError for a format the
+    backend can't multiply, MemoryPlanError with the sum where memory is short."""
+    longest = config.max_position_embeddings
+    if context_tokens is not None and not 1 <= context_tokens <= longest:
+        raise ContextLengthError(f"context of {context_tokens} tokens asked for; this model takes 1 to {longest}")
+    context = min(DEFAULT_CONTEXT_TOKENS, longest) if context_tokens is None else context_tokens
+    capabilities = backend.capabilities()
+    missing = {name for uses in checkpoint.formats().values() for name in uses} - capabilities.formats
+    if missing:
+        raise BackendError(
+            f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
+            f"it takes {', '.join(sorted(capabilities.formats))}"
+        )
+    placement = Placement(
+        backend=backend.name,
+        arithmetic=capabilities.arithmetic,
+        context_tokens=context,
+        trunk_bytes=checkpoint.trunk_bytes,
+        experts_bytes=checkpoint.experts_bytes,
+        kv_bytes=LatentCache.nbytes_for(config, context),
+    )
+    needed = placement.trunk_bytes + placement.experts_bytes + placement.kv_bytes + HEADROOM_BYTES
+    available = backend.memory().available_bytes
+    if needed > available:
+        raise MemoryPlanError(
+            f"{checkpoint.folder}: trunk {gib(placement.trunk_bytes)} + experts {gib(placement.experts_bytes)} + "
+            f"KV for {context} tokens {gib(placement.kv_bytes)} + headroom {gib(HEADROOM_BYTES)} = {gib(needed)}, and "
+            f"{gib(available)} of memory is available; all experts must be in RAM in this version"
+            + ("" if context_tokens else " (a smaller --context needs less)")
+        )
+    return placement
+
+
+def gib(nbytes: int) -> str:
+    """Bytes as a person reads them: GiB, or MiB below one."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

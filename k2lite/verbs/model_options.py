@@ -1,0 +1,63 @@
+"""The options that every verb that loads a model shares, so that the same words mean the same thing everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from k2lite.engine import Engine
+    from k2lite.sampling import SamplingParams
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL and how to load it."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a model folder, as downloaded")
+    parser.add_argument("--backend", default="auto", help="what multiplies: auto, reference (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
+    )
+    add_eps_argument(parser)
+
+
+def add_eps_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--latent-norm-eps",
+        type=float,
+        metavar="EPS",
+        help="eps of the two latent norms of MLA (default: 1e-6, as in Hugging Face's code)",
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen. What is left out comes from generation_config.json, else from the defaults named here."""
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: what the context holds)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: 0.6)")
+    parser.add_argument("--top-p", type=float, metavar="X", help="smallest set with this probability (default: 1, off)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="the N likeliest tokens only (default: 0, off)")
+    parser.add_argument(
+        "--min-p", type=float, metavar="X", help="at least this share of the likeliest (default: 0, off)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer (default: random)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+
+
+def load_engine(args: argparse.Namespace) -> Engine:
+    """Load the model that the arguments name and print the plan, one line, on stderr."""
+    from k2lite.loading import load
+
+    engine = load(args.model, backend=args.backend, context=args.context, latent_norm_eps=args.latent_norm_eps)
+    print(f"k2lite: {engine.placement}", file=sys.stderr)
+    return engine
+
+
+def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
+    """The user's choice, else the folder's recommendation, else k2lite's default; a seed is drawn if none is given."""
+    import secrets
+    from dataclasses import replace
+
+    names = ("temperature", "top_p", "top_k", "min_p", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return replace(engine.recommended_sampling, **{"seed": secrets.randbits(32), **given})

@@ -1,0 +1,251 @@
+"""A model folder as a lazy mapping from names to weights, checked against what the model must have.
+
+Opening reads every header and no weights; all that is wrong is collected in `problems`. `trunk` reads one tensor now;
+`expert` says where one routed expert's bytes lie, for a store to read. Does not know when or where to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import CheckpointError
+from .expert_layout import check_weight_shape, expert_layout
+from .file_reading import read_exactly
+from .formats import QuantFormat, Shape
+from .module_format import QUANT_SUFFIXES, module_format
+from .quantization_config import QuantizationConfig
+from .safetensors_file import TensorRecord
+from .schema import CheckpointSchema
+from .shards import Shard, read_shards
+from .types import PROJECTIONS, ExpertKey, ExpertLayout, QuantTensor
+
+Stored = tuple[Path, TensorRecord]
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight\w*)")
+_SHOWN_PROBLEMS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class FormatUse:
+    """How many weights are stored in one format, and their bytes."""
+
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """One weight: its format (None if damaged), its shape, and its stored tensors by suffix."""
+
+    format: QuantFormat | None
+    shape: Shape
+    parts: Mapping[str, Stored]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.nbytes for _, record in self.parts.values())
+
+
+class Checkpoint:
+    """Made by `open`. `shards` are the files; `ignored` lists stored names that are known and not needed, by reason."""
+
+    def __init__(self, folder: Path, schema: CheckpointSchema) -> None:
+        self.folder = folder
+        self.schema = schema
+        self.shards: tuple[Shard, ...] = ()
+        self.problems: tuple[str, ...] = ()
+        self.ignored: dict[str, list[str]] = {}
+        self._trunk: dict[str, _Module] = {}
+        self._experts: dict[ExpertKey, dict[str, _Module]] = {}
+
+    @classmethod
+    def open(cls, folder: Path, schema: CheckpointSchema, quantization: QuantizationConfig | None) -> Checkpoint:
+        """Read all headers of `folder`. Raises CheckpointError only where there is nothing to look at; all else is
+        in `problems`."""
+        checkpoint = cls(folder, schema)
+        found = read_shards(folder)
+        checkpoint.shards = tuple(found.shards)
+        trunk, experts, extra = checkpoint._classify(found.tensors)
+        problems = [*found.problems, *extra]
+        problems += checkpoint._add_trunk(trunk, quantization)
+        problems += checkpoint._add_experts(experts, quantization)
+        checkpoint.problems = tuple(problems)
+        return checkpoint
+
+    def raise_for_problems(self) -> None:
+        """Raise CheckpointError if opening found any."""
+        if not self.problems:
+            return
+        more = len(self.problems) - _SHOWN_PROBLEMS
+        rest = [f"... and {more} more: k2lite info {self.folder} lists all"] if more > 0 else []
+        shown = "\n  ".join([*self.problems[:_SHOWN_PROBLEMS], *rest])
+        raise CheckpointError(f"{self.folder}: the weights can't be used:\n  {shown}")
+
+    def trunk(self, name: str) -> QuantTensor:
+        """Read a trunk tensor by its canonical name. Raises CheckpointError naming file and tensor."""
+        module = self._trunk[name]
+        assert module.format is not None, "problems must be raised before tensors are read"
+        parts = {suffix: self._read(*stored) for suffix, stored in module.parts.items()}
+        check_weight_shape(parts, module.shape, name)
+        return QuantTensor(module.format, module.shape, parts)
+
+    def expert(self, key: ExpertKey) -> ExpertLayout:
+        """Where an expert's bytes lie."""
+        modules = self._experts[key]
+        formats = {projection: module.format for projection, module in modules.items() if module.format is not None}
+        assert len(formats) == len(PROJECTIONS), "problems must be raised before experts are read"
+        return expert_layout(
+            key,
+            {
+                (projection, suffix): stored
+                for projection in PROJECTIONS
+                for suffix, stored in modules[projection].parts.items()
+            },
+            formats,
+            {projection: self.schema.projection_shape(projection) for projection in PROJECTIONS},
+        )
+
+    @property
+    def trunk_bytes(self) -> int:
+        return sum(module.nbytes for module in self._trunk.values())
+
+    @property
+    def experts_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(_expert_nbytes(modules) for modules in self._experts.values())
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the largest routed expert."""
+        return max(map(_expert_nbytes, self._experts.values()), default=0)
+
+    def formats(self) -> dict[str, dict[str, FormatUse]]:
+        """For each class of tensors the formats in use."""
+        table: dict[str, dict[str, FormatUse]] = {}
+        for kind, module in self._modules_by_kind():
+            if module.format is None:
+                continue
+            uses = table.setdefault(kind, {})
+            before = uses.get(module.format.name, FormatUse(0, 0))
+            uses[module.format.name] = FormatUse(before.tensors + 1, before.nbytes + module.nbytes)
+        return table
+
+    def _modules_by_kind(self) -> Iterator[tuple[str, _Module]]:
+        for name, module in self._trunk.items():
+            yield _kind(name), module
+        for modules in self._experts.values():
+            for module in modules.values():
+                yield "routed experts", module
+
+    def _classify(
+        self, tensors: Mapping[str, Stored]
+    ) -> tuple[dict[str, dict[str, Stored]], dict[ExpertKey, dict[str, dict[str, Stored]]], list[str]]:
+        """Stored tensors as trunk (by canonical name, then suffix), experts (by key, projection, suffix), and a
+        problem for each that is neither and is not known to be ignored."""
+        schema = self.schema
+        ignored = [(re.compile(item.pattern), item.reason) for item in schema.ignored]
+        layers = frozenset(schema.expert_layers)
+        trunk: dict[str, dict[str, Stored]] = {}
+        experts: dict[ExpertKey, dict[str, dict[str, Stored]]] = {}
+        extra: list[str] = []
+        for stored_name, stored in tensors.items():
+            if stored_name.startswith(schema.prefix):
+                name = stored_name[len(schema.prefix) :]
+                match = _EXPERT.fullmatch(name)
+                if match and int(match[1]) in layers and int(match[2]) < schema.n_routed_experts:
+                    key = ExpertKey(int(match[1]), int(match[2]))
+                    experts.setdefault(key, {}).setdefault(match[3], {})[match[4]] = stored
+                    continue
+                owner, suffix = _trunk_owner(name)
+                if owner in schema.trunk:
+                    trunk.setdefault(owner, {})[suffix] = stored
+                    continue
+            reason = next((reason for pattern, reason in ignored if pattern.fullmatch(stored_name)), None)
+            if reason is None:
+                extra.append(f"{stored[0]}: tensor {stored_name} is not part of this model (see config.json)")
+            else:
+                self.ignored.setdefault(reason, []).append(stored_name)
+        return trunk, experts, extra
+
+    def _add_trunk(
+        self, found: Mapping[str, Mapping[str, Stored]], declared: QuantizationConfig | None
+    ) -> Iterator[str]:
+        for name, spec in self.schema.trunk.items():
+            parts = found.get(name)
+            if parts is None:
+                yield f"{self.folder}: tensor {self.schema.prefix}{name} {list(spec.shape)} is missing"
+                continue
+            module, problems = self._module(
+                name.removesuffix(".weight"), spec.shape, parts, declared, quantizable=spec.quantizable
+            )
+            self._trunk[name] = module
+            yield from problems
+
+    def _add_experts(
+        self, found: Mapping[ExpertKey, Mapping[str, Mapping[str, Stored]]], declared: QuantizationConfig | None
+    ) -> Iterator[str]:
+        for layer in self.schema.expert_layers:
+            for expert in range(self.schema.n_routed_experts):
+                key = ExpertKey(layer, expert)
+                for projection in PROJECTIONS:
+                    name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
+                    parts = found.get(key, {}).get(projection)
+                    shape = self.schema.projection_shape(projection)
+                    if parts is None:
+                        yield f"{self.folder}: tensor {self.schema.prefix}{name}.weight {list(shape)} is missing"
+                        continue
+                    module, problems = self._module(name, shape, parts, declared, quantizable=True)
+                    self._experts.setdefault(key, {})[projection] = module
+                    yield from problems
+
+    def _module(
+        self,
+        name: str,
+        shape: Shape,
+        parts: Mapping[str, Stored],
+        declared: QuantizationConfig | None,
+        *,
+        quantizable: bool,
+    ) -> tuple[_Module, list[str]]:
+        stored_name = self.schema.prefix + name
+        records = {suffix: record for suffix, (_, record) in parts.items()}
+        format_found, problems = module_format(stored_name, shape, records, declared, quantizable=quantizable)
+        file = next(iter(parts.values()))[0]
+        return _Module(format_found, shape, parts), [f"{file}: {stored_name}: {problem}" for problem in problems]
+
+    def _read(self, path: Path, record: TensorRecord) -> torch.Tensor:
+        buffer = torch.empty(record.nbytes, dtype=torch.uint8)
+        read_exactly(path, record.offset, buffer, f"tensor {record.name}")
+        return buffer.view(record.dtype).view(record.shape)
+
+
+def _trunk_owner(name: str) -> tuple[str, str]:
+    """The canonical name of the weight that a stored tensor belongs to, and the tensor's suffix there. A tensor that
+    is no module's weight (the router's bias) is its own owner."""
+    module, _, suffix = name.rpartition(".")
+    if suffix in QUANT_SUFFIXES:
+        return f"{module}.weight", suffix
+    return name, "weight"
+
+
+def _expert_nbytes(modules: Mapping[str, _Module]) -> int:
+    return sum(module.nbytes for module in modules.values())
+
+
+def _kind(name: str) -> str:
+    """The class of a trunk tensor, as `k2lite info` names it."""
+    for part, kind in (
+        ("norm", "norms"),
+        ("self_attn.", "attention"),
+        ("mlp.shared_experts.", "shared experts"),
+        ("mlp.gate.", "router"),
+        ("mlp.", "dense mlp"),
+        ("embed_tokens", "embeddings"),
+    ):
+        if part in name:
+            return kind
+    return "head"

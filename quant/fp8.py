@@ -1,0 +1,48 @@
+"""FP8 E4M3 in blocks of 128 x 128 with one float32 scale each, as K2-Base, K2-Instruct and DeepSeek-V3 are stored.
+
+`weight_scale_inv` is what codes are multiplied by, in spite of its name. Blocks at the edges are cut off, not padded.
+Source: DeepSeek-V3's README_WEIGHTS.md and inference/kernel.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .formats import FP8_NAME, Parts, QuantFormat, Shape
+
+BLOCK = 128
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Fp8Block(QuantFormat):
+    """weight F8_E4M3 [out, in], weight_scale_inv F32 [ceil(out / 128), ceil(in / 128)]."""
+
+    name: str = field(default=FP8_NAME, init=False)
+
+    def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        blocks = tuple(-(-size // BLOCK) for size in shape)
+        return {"weight": (torch.float8_e4m3fn, shape), "weight_scale_inv": (torch.float32, blocks)}
+
+    def dequantize(self, parts: Parts, shape: Shape) -> torch.Tensor:
+        return parts["weight"].to(torch.float32) * _spread(parts["weight_scale_inv"], shape)
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """scale = amax / 448 of each block; a block of zeros has scale 1."""
+        rows, columns = weight.shape
+        weight = self._finite(weight)
+        padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
+        blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+        amax = blocks.abs().amax(dim=(1, 3))
+        scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+        # a quotient may round above 448, which the format can't hold
+        codes = (weight / _spread(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX)
+        return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale_inv": scale}
+
+
+def _spread(scale: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """Each block's scale over its elements, [out, in]."""
+    rows, columns = shape
+    return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]

@@ -1,0 +1,27 @@
+"""Weights stored as floating-point numbers, one tensor a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .formats import Parts, QuantFormat, Shape
+
+PLAIN_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Plain(QuantFormat):
+    """bf16, f16 or f32; vectors too."""
+
+    name: str
+
+    def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        return {"weight": (PLAIN_DTYPES[self.name], shape)}
+
+    def dequantize(self, parts: Parts, shape: Shape) -> torch.Tensor:
+        return parts["weight"].to(torch.float32).view(shape)
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"weight": self._finite(weight).to(PLAIN_DTYPES[self.name])}

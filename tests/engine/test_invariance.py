@@ -1,0 +1,93 @@
+"""A token's bits depend on the tokens before it and on nothing else: not on chunks, batch, threads or arrival order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings, strategies as st
+
+import k2lite
+from k2lite.engine import Chunk
+from k2lite.offload.resident import ResidentSource, _ResidentLease
+from k2lite.quant.types import ExpertWeights
+
+IDS = [(7 * i + i * i) % 160 for i in range(41)]
+
+
+def chunked(engine: k2lite.Engine, ids: list[int], cuts: list[int]) -> torch.Tensor:
+    bounds = [0, *sorted(set(cuts)), len(ids)]
+    with engine.open(len(ids)) as sequence:
+        parts = [engine.step([Chunk(sequence, ids[a:b], "all")])[0] for a, b in pairwise(bounds) if a < b]
+    return torch.cat(parts)
+
+
+def test_prefill_equals_decode_bit_for_bit(engine: k2lite.Engine) -> None:
+    assert torch.equal(engine.logits(IDS), chunked(engine, IDS, list(range(1, len(IDS)))))
+
+
+@given(cuts=st.lists(st.integers(1, len(IDS) - 1), max_size=6))
+@settings(max_examples=15, deadline=None)
+def test_any_chunking_equals_one_chunk_bit_for_bit(engine: k2lite.Engine, cuts: list[int]) -> None:
+    assert torch.equal(engine.logits(IDS), chunked(engine, IDS, cuts))
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 159), min_size=1, max_size=12), min_size=2, max_size=4),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=15, deadline=None)
+def test_a_sequence_does_not_see_its_neighbours(engine: k2lite.Engine, prompts: list[list[int]], order: object) -> None:
+    alone = [engine.logits(ids) for ids in prompts]
+    indices = list(range(len(prompts)))
+    order.shuffle(indices)  # type: ignore[attr-defined]
+    sequences = [engine.open(32) for _ in prompts]
+    together = engine.step([Chunk(sequences[i], prompts[i], "all") for i in indices])
+    for place, i in enumerate(indices):
+        assert torch.equal(together[place], alone[i])
+    # and on: one more token each, in one ragged step
+    follow = engine.step([Chunk(sequences[i], [5]) for i in indices])
+    for place, i in enumerate(indices):
+        assert torch.equal(follow[place][0], engine.logits([*prompts[i], 5])[-1])
+
+
+def test_thread_count_changes_no_bit(engine: k2lite.Engine) -> None:
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(engine.logits(IDS))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+class _OneByOneLease(_ResidentLease):
+    """Experts arrive alone and in descending order, the reverse of how they are summed."""
+
+    def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:
+        found = {number: weights for group in super().ready() for number, weights in group.items()}
+        for number in sorted(found, reverse=True):
+            yield {number: found[number]}
+
+
+def test_the_order_of_arrival_changes_no_bit(engine: k2lite.Engine, tiny_folder: Path) -> None:
+    other = k2lite.load(tiny_folder, backend="reference", context=256)
+    source = other.experts
+    assert isinstance(source, ResidentSource)
+    original = source.lease
+    source.lease = lambda layer, experts: _OneByOneLease(source, original(layer, experts)._keys)  # type: ignore
+    assert torch.equal(other.logits(IDS), engine.logits(IDS))
+
+
+def test_truncating_and_going_on_equals_a_fresh_start(engine: k2lite.Engine) -> None:
+    with engine.open(64) as sequence:
+        engine.prefill(sequence, IDS[:30])
+        sequence.truncate(11)
+        logits = engine.prefill(sequence, IDS[11:25])
+        assert sequence.ids == IDS[:25]
+    assert torch.equal(logits, engine.logits(IDS[:25])[-1])

@@ -1,0 +1,71 @@
+"""Each sentence of the lease contract in offload/source.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from k2lite.errors import CheckpointError
+
+import k2lite
+from k2lite.offload.resident import ResidentSource
+from k2lite.offload.statistics import RouterStats
+
+
+@pytest.fixture
+def source(tiny_folder: Path) -> ResidentSource:
+    experts = k2lite.load(tiny_folder).experts
+    assert isinstance(experts, ResidentSource)
+    return experts
+
+
+def test_released_exactly_once(source: ResidentSource) -> None:
+    with source.lease(1, [0]) as lease:
+        pass
+    with pytest.raises(RuntimeError, match="released twice"):
+        lease.release()
+
+
+def test_every_expert_comes_once_and_resident_ones_first(source: ResidentSource) -> None:
+    with source.lease(1, [5, 2]) as lease:
+        assert [sorted(group) for group in lease.ready()] == [[5], [2]]
+    with source.lease(1, [0, 2, 3, 5]) as lease:
+        assert [sorted(group) for group in lease.ready()] == [[2, 5], [0], [3]]
+
+
+def test_each_expert_asked_for_is_counted_once_and_read_once(source: ResidentSource) -> None:
+    for _ in range(3):
+        with source.lease(2, [1, 4]) as lease:
+            list(lease.ready())
+    assert (source.counters.requested_experts, source.counters.read_experts) == (6, 2)
+
+
+def test_asking_twice_for_one_expert_is_an_error(source: ResidentSource) -> None:
+    with pytest.raises(ValueError, match="asked for twice"):
+        source.lease(1, [3, 3])
+
+
+def test_a_failed_read_raises_where_it_is_leased_with_file_and_expert(tiny_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    source = k2lite.load(folder).experts
+    for shard in folder.glob("*.safetensors"):
+        with shard.open("r+b") as file:
+            file.truncate(shard.stat().st_size // 8)
+    with (
+        pytest.raises(CheckpointError, match=r"\.safetensors.*") as caught,
+        source.lease(2, list(range(8))) as lease,
+    ):
+        list(lease.ready())
+    assert "expert" in str(caught.value)
+
+
+def test_router_statistics_count_choices_and_weights() -> None:
+    stats = RouterStats([2, 5], 6)
+    stats.observe(5, torch.tensor([[0, 3], [3, 4]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    assert stats.counts.tolist() == [[0] * 6, [1, 0, 0, 2, 1, 0]]
+    assert stats.weight_sums[1].tolist() == [0.25, 0, 0, 1.25, 0.5, 0]
+    assert stats.distinct_experts == 3
