@@ -93,7 +93,7 @@ def write_demo(folder: Path, *, seed: int = 0) -> None:
         _write_json(
             partial / "generation_config.json", {"max_length": config.max_position_embeddings, "eos_token_id": 258}
         )
-        write_byte_tokenizer(partial, n_vocab=config.vocab_size)
+        write_byte_tokenizer(partial)
         _sync(partial)
         if folder.exists():
             folder.rmdir()

@@ -1,0 +1,174 @@
+"""A conversation through the folder's own Jinja template, in Hugging Face's sandbox, with the user's text kept apart.
+
+Invariant: a control token in the result that is not hidden behind the mask was written by the template, not by a
+message. Wherever a message or tool could spell a control token, alone or together with its neighbours, the first
+character is replaced by one that occurs nowhere; `Masked.unmask` puts it back after control tokens were looked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from k2lite.quant.errors import TokenizerError
+
+from .typescript_tools import tools_as_typescript
+
+# Private-use characters of plane 16, the last place where a text would have some of its own.
+_MASK_CHARACTERS = range(0x10FFFD, 0x10F000, -1)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A rendered text, and the table for str.translate that restores what was hidden."""
+
+    text: str
+    unmask: Mapping[int, str]
+
+
+class ChatTemplate:
+    """`path` is named in errors; `variables` are what else the template may use (bos_token and the like)."""
+
+    def __init__(self, source: str, path: Path, variables: Mapping[str, str]) -> None:
+        from jinja2 import TemplateError
+
+        self._source = source
+        self._path = path
+        self._variables = dict(variables)
+        try:
+            self._template = _environment().from_string(source)
+        except TemplateError as error:
+            raise self._error(error) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        control_tokens: Iterable[str],
+        thinking: bool,
+        preserve_thinking: bool,
+        add_generation_prompt: bool,
+    ) -> Masked:
+        """Render `messages` (role, content, ...) and `tools` (OpenAI's form). Raises TokenizerError, which names the
+        template and the line, for a template that fails or a message that is not one."""
+        declared = _sorted_keys(list(tools)) if tools else None
+        # only a template that asks for the TypeScript form is written for it
+        typescript = tools_as_typescript(declared) if declared and "tools_ts_str" in self._source else None
+        cleaned = [_without_nulls(message, place) for place, message in enumerate(messages)]
+        mask = _Mask(control_tokens, [self._source, cleaned, declared, typescript])
+        context = {
+            "messages": [self._masked_message(message, mask) for message in cleaned],
+            "tools": mask.hide(declared) if typescript is not None or not tools else mask.hide(list(tools)),
+            "tools_ts_str": mask.hide(typescript),
+            "thinking": thinking,
+            "preserve_thinking": preserve_thinking,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._template.render({**self._variables, **context})
+        except Exception as error:  # a template may raise anything: it is a program that came with the weights
+            raise self._error(error) from error
+        return Masked(text, mask.unmask)
+
+    def _masked_message(self, message: Mapping[str, Any], mask: _Mask) -> Any:
+        """A template that looks for </think> in the assistant's text, to cut old reasoning, must find it."""
+        inspects = any(f"{quote}</think>{quote}" in self._source for quote in "'\"")
+        if not inspects or message.get("role") != "assistant" or not isinstance(message.get("content"), str):
+            return mask.hide(message)
+        content = "</think>".join(mask.hide(part) for part in message["content"].split("</think>"))
+        return {**mask.hide(message), "content": content}
+
+    def _error(self, error: Exception) -> TokenizerError:
+        line = getattr(error, "lineno", None)
+        trace = error.__traceback__
+        while line is None and trace is not None:
+            if trace.tb_frame.f_code.co_filename == "<template>":
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        at = f", line {line}" if line else ""
+        return TokenizerError(f"{self._path}{at}: the chat template failed: {type(error).__name__}: {error}")
+
+
+class _Mask:
+    """Replaces the first character of every control token that a text spells or could spell with what follows it."""
+
+    def __init__(self, control_tokens: Iterable[str], everything: list[Any]) -> None:
+        self._tokens = [token for token in control_tokens if token]
+        self._prefixes = {token[:length] for token in self._tokens for length in range(1, len(token))}
+        self._longest = max(map(len, self._tokens), default=0)
+        used = set(json.dumps(everything, ensure_ascii=False, default=str))
+        free = (chr(code) for code in _MASK_CHARACTERS if chr(code) not in used)
+        self._hidden = {first: next(free) for first in sorted({token[0] for token in self._tokens})}
+        self.unmask = {ord(stand_in): first for first, stand_in in self._hidden.items()}
+
+    def hide(self, value: Any) -> Any:
+        """`value` with every string in it masked, keys of objects too."""
+        if isinstance(value, str):
+            return self._hide_text(value)
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.hide(item) for item in value]
+        return value
+
+    def _hide_text(self, text: str) -> str:
+        out = list(text)
+        for at, character in enumerate(text):
+            if character in self._hidden and self._could_be_control(text, at):
+                out[at] = self._hidden[character]
+        return "".join(out)
+
+    def _could_be_control(self, text: str, at: int) -> bool:
+        if any(text.startswith(token, at) for token in self._tokens if token[0] == text[at]):
+            return True
+        # the end of one text may complete a name with the beginning of the next
+        return len(text) - at < self._longest and text[at:] in self._prefixes
+
+
+def _environment() -> Any:
+    """Jinja as Hugging Face sets it up for chat templates (transformers, utils/chat_template_utils.py)."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def _without_nulls(message: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """A message without its null keys, which templates would print as the word None; a null content is meant."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise TokenizerError(f"message {place} has no role: expected an object with role and content")
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
+
+
+def _sorted_keys(value: Any) -> Any:
+    """Objects with their keys in order, all the way down, as Moonshot's wrapper passes tools."""
+    if isinstance(value, Mapping):
+        return {key: _sorted_keys(value[key]) for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [_sorted_keys(item) for item in value]
+    return value
