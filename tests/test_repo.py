@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 import tomllib
@@ -121,13 +120,12 @@ def test_files_are_small_named_for_what_they_hold_and_explain_themselves() -> No
         assert ast.get_docstring(ast.parse(source)), f"{path} has no docstring"
 
 
-def test_the_tree_in_the_readme_is_complete() -> None:
-    """Every Python file of the package and every test folder has a line in README's tree."""
-    readme = (REPO / "README.md").read_text(encoding="utf-8")
-    tree = readme[readme.index("<!-- tree -->") : readme.index("<!-- /tree -->")]
-    listed = set(re.findall(r"[\w./]+\.py", tree))
-    have = {path.name for path in python_files(*ORDER, "tools") if path.name != "__init__.py"}
-    assert {Path(name).name for name in listed} == have
+def test_generated_parts_of_the_docs_are_up_to_date() -> None:
+    """The tree and the help in the README come from the code."""
+    result = subprocess.run(
+        [sys.executable, "tools/generate_docs.py", "--check"], cwd=REPO, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["info", "--help"]])

@@ -1,0 +1,1 @@
+"""Generation, invariance, sampling and leases."""

@@ -1,0 +1,1 @@
+"""Formats, files and checkpoints, against independent readers."""
