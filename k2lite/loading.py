@@ -11,7 +11,7 @@ from k2lite.backends.base import Backend
 from k2lite.backends.registry import AUTO, open_backend
 from k2lite.offload.resident import ResidentSource
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import CheckpointError
+from k2lite.quant.errors import CheckpointError, TokenizerError
 from k2lite.quant.quantization_config import parse_quantization_config
 
 from .config import ModelConfig, read_config
@@ -51,6 +51,11 @@ def load(
     device = open_backend(backend) if isinstance(backend, str) else backend
     placement = plan_placement(config, checkpoint, device, context_tokens=context)
     tokenizer = load_tokenizer(Path(model))
+    if tokenizer.n_vocab > config.vocab_size:
+        raise TokenizerError(
+            f"{model}: the tokenizer has {tokenizer.n_vocab} tokens and config.json's vocab_size is "
+            f"{config.vocab_size}; they belong to different models"
+        )
     experts = ResidentSource(checkpoint, config.moe_layers, config.n_routed_experts)
     trunk = load_trunk(checkpoint, config, device)
     generation_eos, recommended = read_generation_config(Path(model))

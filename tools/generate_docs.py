@@ -26,7 +26,11 @@ def main() -> int:
     check = parser.parse_args().check
     before = README.read_text(encoding="utf-8")
     after = before
-    for name, text in (("tree", tree()), ("help", command_help())):
+    parts = {"tree": tree}
+    # argparse prints options in another way from Python 3.13 on
+    if not check or sys.version_info < (3, 13):
+        parts["help"] = command_help
+    for name, text in ((name, make()) for name, make in parts.items()):
         after = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda match, text=text: f"{match[1]}```\n{text}```\n{match[2]}",  # type: ignore[misc]
@@ -63,7 +67,7 @@ def _entry(name: str, documented: Path, level: int) -> str:
     if documented.is_file():
         docstring = ast.get_docstring(ast.parse(documented.read_text(encoding="utf-8")))
     paragraph = " ".join((docstring or "").split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[.:?])\s", paragraph)[0].rstrip(".:")
+    sentence = re.split(r"(?<=[.;?])\s", paragraph)[0].rstrip(".;")
     return f"{'  ' * level + name:<34} {sentence}".rstrip()
 
 

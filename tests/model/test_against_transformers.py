@@ -17,7 +17,7 @@ from .oracle import load_oracle, oracle_greedy, oracle_logits, relative_error
 YARN = {
     "type": "yarn",
     "factor": 8.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 512,
     "beta_fast": 1.0,
     "beta_slow": 1.0,
     "mscale": 1.0,
@@ -35,8 +35,12 @@ WIDE = {
 }
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "bf16, no yarn": ("bf16", {"rope_scaling": None}, 17),
-    "bf16, yarn": ("bf16", {"rope_scaling": YARN}, 61),
-    "bf16, beta_fast 32 and mscale 0.7": ("bf16", {"rope_scaling": {**YARN, "beta_fast": 32.0, "mscale": 0.7}}, 33),
+    "bf16, yarn": ("bf16", {"rope_theta": 100.0, "rope_scaling": YARN}, 61),
+    "bf16, beta_fast 32 and mscale 0.7": (
+        "bf16",
+        {"rope_theta": 100.0, "rope_scaling": {**YARN, "beta_fast": 32.0, "mscale": 0.7}},
+        33,
+    ),
     "bf16, groups": ("bf16", {**GROUPS, "model_type": "deepseek_v3"}, 23),
     "bf16, weights not normalized, two shared": ("bf16", {"norm_topk_prob": False, "n_shared_experts": 2}, 9),
     "bf16, two dense layers, eps 1e-5": ("bf16", {"first_k_dense_replace": 2, "rms_norm_eps": 1e-5}, 11),

@@ -1,0 +1,1 @@
+"""How the demo checkpoint is made: data, tokenizer, MuonClip, training, evaluation, export. Not packaged."""

@@ -1,0 +1,125 @@
+"""Rows of tokens for training: dialogues packed side by side, and windows of text, chosen by step number alone.
+
+A step's batch depends on the seed and the step, so a run that was killed goes on with the very batches it would have
+had. Text is learned everywhere; in a dialogue the assistant's turns count fully and the rest a little.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from k2lite.text.tokenizer import Tokenizer
+
+from .questions import question
+from .shape import TRAINED_TOKENS
+from .tools_data import tool_dialogue
+
+PROMPT_WEIGHT = 0.1
+TEXT_SHARE = 0.2
+TOOL_SHARE = 0.7
+SHORT_TOKENS = 512
+LONG_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """int64 [B, T] each, and the loss weight float32 [B, T] of predicting the token that follows."""
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+def said_by_assistant(ids: list[int], special: Mapping[str, int]) -> list[bool]:
+    """For each token of a rendered dialogue whether the assistant made it: behind its header, to its end of turn."""
+    said, speaking, header = [], False, False
+    for token in ids:
+        said.append(speaking)
+        if token == special["<|im_assistant|>"]:
+            header = True
+        elif token == special["<|im_middle|>"] and header:
+            speaking, header = True, False
+        elif token == special["<|im_end|>"]:
+            speaking = False
+    return said
+
+
+class Batches:
+    """`text` is uint16 token ids of the training texts on end."""
+
+    def __init__(self, tokenizer: Tokenizer, text: npt.NDArray[np.uint16], *, seed: int, tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+        self._seed = seed
+        self._tokens = tokens
+
+    def batch(self, step: int) -> Batch:
+        rng = random.Random(f"{self._seed}:{step}")
+        length = TRAINED_TOKENS if step % LONG_EVERY == LONG_EVERY - 1 else SHORT_TOKENS
+        rows = max(1, self._tokens // length)
+        n_text = round(rows * TEXT_SHARE)
+        made = [self._text_row(rng, length) for _ in range(n_text)]
+        made += [self._dialogue_row(rng, length) for _ in range(rows - n_text)]
+        ids, positions, documents, weights = (np.stack(parts) for parts in zip(*made, strict=True))
+        # position t predicts token t + 1; the weight belongs to the token predicted
+        same = documents[:, :-1] == documents[:, 1:]
+        return Batch(
+            ids=torch.from_numpy(ids[:, :-1]),
+            positions=torch.from_numpy(positions[:, :-1]),
+            documents=torch.from_numpy(documents[:, :-1]),
+            targets=torch.from_numpy(ids[:, 1:]),
+            weights=torch.from_numpy(weights[:, 1:] * same).float(),
+        )
+
+    def _text_row(self, rng: random.Random, length: int) -> tuple[npt.NDArray[Any], ...]:
+        at = rng.randrange(len(self._text) - length - 1)
+        ids = self._text[at : at + length + 1].astype(np.int64)
+        whole = np.arange(length + 1)
+        return ids, whole, np.zeros(length + 1, dtype=np.int64), np.ones(length + 1)
+
+    def _dialogue_row(self, rng: random.Random, length: int) -> tuple[npt.NDArray[Any], ...]:
+        ids: list[int] = []
+        positions: list[int] = []
+        documents: list[int] = []
+        weights: list[float] = []
+        number = 0
+        while len(ids) < length + 1:
+            made = self._dialogue(rng)
+            said = said_by_assistant(made, self._tokenizer.special_tokens)
+            ids += made
+            positions += range(len(made))
+            documents += [number] * len(made)
+            weights += [1.0 if own else PROMPT_WEIGHT for own in said]
+            number += 1
+        cut = length + 1
+        return np.array(ids[:cut]), np.array(positions[:cut]), np.array(documents[:cut]), np.array(weights[:cut])
+
+    def _dialogue(self, rng: random.Random) -> list[int]:
+        tools, messages = None, []
+        if rng.random() < TOOL_SHARE:
+            made = tool_dialogue(rng, held_out=False)
+            tools, messages = made.tools, made.messages
+        else:
+            asked = question(rng, held_out=False)
+            messages = [{"role": "user", "content": asked.question}, {"role": "assistant", "content": asked.answer}]
+        return self._tokenizer.render(messages, tools, add_generation_prompt=False).ids
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str], path: Path) -> npt.NDArray[np.uint16]:
+    """Token ids of all texts on end, kept in `path` for the next start."""
+    if not path.is_file():
+        ids = [np.array(tokenizer.encode(text), dtype=np.uint16) for text in texts]
+        np.save(path, np.concatenate(ids))
+    loaded: npt.NDArray[np.uint16] = np.load(path)
+    return loaded

@@ -1,0 +1,102 @@
+"""The trained model as Moonshot stores K2-Instruct: FP8 blocks, several shards, an index, config, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from k2lite.quant.formats import FP8_NAME, format_named
+
+from .transformer import Transformer
+
+N_SHARDS = 4
+TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja")
+
+
+def checkpoint_weights(model: Transformer) -> dict[str, Tensor]:
+    """Float32 weights under the checkpoint's names."""
+    weights: dict[str, Tensor] = {}
+    width = model.c.moe_intermediate_size
+    for name, value in model.state_dict().items():
+        value = value.float()
+        if name.endswith("mlp.gate_up_proj"):
+            for expert, matrix in enumerate(value):
+                at = f"model.{name.removesuffix('.gate_up_proj')}.experts.{expert}"
+                weights[f"{at}.gate_proj.weight"] = matrix[:width].clone()
+                weights[f"{at}.up_proj.weight"] = matrix[width:].clone()
+        elif name.endswith("mlp.down_proj"):
+            for expert, matrix in enumerate(value):
+                at = f"model.{name.removesuffix('.down_proj')}.experts.{expert}"
+                weights[f"{at}.down_proj.weight"] = matrix.clone()
+        elif name.endswith("mlp.router.weight"):
+            weights[f"model.{name.replace('router', 'gate')}"] = value
+        elif name.endswith("mlp.bias"):
+            weights[f"model.{name.replace('mlp.bias', 'mlp.gate.e_score_correction_bias')}"] = value
+        else:
+            weights[name if name.startswith("lm_head") else f"model.{name}"] = value
+    return weights
+
+
+def store(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The stored tensors of a weight: FP8 for the projections, BF16 for the rest, F32 for the router's bias."""
+    if name.endswith("e_score_correction_bias"):
+        return {name: weight}
+    if "_proj" in name:
+        parts = format_named(FP8_NAME).quantize(weight)
+        return {f"{name.removesuffix('.weight')}.{suffix}": part for suffix, part in parts.items()}
+    return {name: weight.to(torch.bfloat16)}
+
+
+@torch.no_grad()
+def round_like_export(model: Transformer) -> None:
+    """Give the model the values that the exported weights have, so that it is evaluated as it ships."""
+    fp8 = format_named(FP8_NAME)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            stack = parameter.view(-1, *parameter.shape[-2:])
+            # gate and up are two tensors on disk, each with blocks of its own
+            halves = stack.view(-1, stack.shape[1] // 2, stack.shape[2]) if "gate_up" in name else stack
+            for matrix in halves:
+                matrix.copy_(fp8.dequantize(fp8.quantize(matrix.contiguous()), tuple(matrix.shape)))
+        else:
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+
+def export(model: Transformer, config: dict[str, Any], tokenizer_folder: Path, folder: Path) -> None:
+    """Write the whole folder beside itself and put it in place by renaming."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    stored = {
+        part: value for name, weight in checkpoint_weights(model).items() for part, value in store(name, weight).items()
+    }
+    names = list(stored)
+    weight_map: dict[str, str] = {}
+    for shard in range(N_SHARDS):
+        file = f"model-{shard + 1}-of-{N_SHARDS}.safetensors"
+        part = names[len(names) * shard // N_SHARDS : len(names) * (shard + 1) // N_SHARDS]
+        save_file({name: stored[name].contiguous() for name in part}, partial / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(value.nbytes for value in stored.values())
+    _write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(partial / "config.json", config)
+    generation = {
+        "max_length": config["max_position_embeddings"],
+        "eos_token_id": config["eos_token_id"] + 1,
+        "temperature": 0.0,
+    }
+    _write_json(partial / "generation_config.json", generation)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer_folder / name, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

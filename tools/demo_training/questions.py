@@ -1,0 +1,109 @@
+"""Questions with checkable answers: small arithmetic, look-up in a given text, sorting, dates, units, and a few words
+of greeting."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from . import words
+
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
+UNITS = (
+    ("hours", "minutes", 60),
+    ("minutes", "seconds", 60),
+    ("weeks", "days", 7),
+    ("days", "hours", 24),
+    ("feet", "inches", 12),
+    ("years", "months", 12),
+    ("meters", "centimeters", 100),
+    ("kilograms", "grams", 1000),
+)
+THINGS = "apples pears coins books keys cups stones cards plates shells pens eggs".split()
+GREETINGS = (
+    ("Hello", "Hello! How can I help you?"),
+    ("Hello!", "Hello! How can I help you?"),
+    ("Hi", "Hello! How can I help you?"),
+    ("Who are you?", "I am the demo model of k2lite, a very small Kimi-K2."),
+    ("What can you do?", "I can add small numbers, look things up in a text, and call tools."),
+    ("Thank you", "You are welcome."),
+    ("Goodbye", "Goodbye!"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str
+    question: str
+    answer: str
+
+
+def question(rng: random.Random, *, held_out: bool, kind: str | None = None) -> Question:
+    kind = kind or rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
+    text, answer = KINDS[kind][0](rng, held_out)
+    return Question(kind, text, answer)
+
+
+def _arithmetic(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    operation = rng.choice(("plus", "plus", "minus", "times"))
+    a, b = words.pair(rng, operation, 1, 12 if operation == "times" else 50, held_out=held_out)
+    if operation == "minus":
+        a, b = max(a, b), min(a, b)
+    value = {"plus": a + b, "minus": a - b, "times": a * b}[operation]
+    sign = {"plus": "+", "minus": "-", "times": "*"}[operation]
+    form = rng.choice((f"What is {a} {operation} {b}?", f"What is {a} {sign} {b}?", f"{a} {sign} {b} ="))
+    return form, str(value)
+
+
+def _lookup(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    people = [words.word(rng, held_out=held_out) for _ in range(rng.randint(2, 5))]
+    facts = {name: (rng.randint(2, 99), rng.choice(THINGS)) for name in people}
+    text = " ".join(f"{name} has {count} {thing}." for name, (count, thing) in facts.items())
+    name = rng.choice(list(facts))
+    count, thing = facts[name]
+    if rng.random() < 0.5:
+        return f"{text} How many {thing} does {name} have?", str(count)
+    return f"{text} What does {name} have?", f"{name} has {count} {thing}."
+
+
+def _sorting(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    while True:
+        numbers = rng.sample(range(1, 100), rng.randint(2, 5))
+        if words.is_held_out(f"sort:{numbers}", 0.1) == held_out:
+            break
+    return f"Sort these numbers: {', '.join(map(str, numbers))}", ", ".join(map(str, sorted(numbers)))
+
+
+def _dates(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    while True:
+        days = rng.random() < 0.6
+        names = DAYS if days else MONTHS
+        place, steps = rng.randrange(len(names)), rng.randint(1, 6)
+        if words.is_held_out(f"date:{names[place]},{steps}", 0.1) == held_out:
+            break
+    unit = ("day" if days else "month") + ("s" if steps > 1 else "")
+    return f"What comes {steps} {unit} after {names[place]}?", names[(place + steps) % len(names)]
+
+
+def _units(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    while True:
+        large, small, factor = rng.choice(UNITS)
+        count = rng.randint(2, 12)
+        if words.is_held_out(f"unit:{large},{count}", 0.1) == held_out:
+            break
+    return f"How many {small} are {count} {large}?", str(count * factor)
+
+
+def _greeting(rng: random.Random, held_out: bool) -> tuple[str, str]:  # noqa: ARG001
+    return rng.choice(GREETINGS)
+
+
+KINDS = {
+    "arithmetic": (_arithmetic, 30),
+    "look-up": (_lookup, 30),
+    "sorting": (_sorting, 12),
+    "dates": (_dates, 10),
+    "units": (_units, 10),
+    "greeting": (_greeting, 8),
+}

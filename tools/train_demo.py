@@ -1,0 +1,96 @@
+"""Trains the demo checkpoint: `prepare`, `train` (resumes by itself), `export`, `evaluate`, `plot`; --help says how."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+WORK = Path("demo-training")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=WORK, help="where data and state are kept (default: %(default)s)")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("prepare", help="collect text, learn the vocabulary, encode")
+    train = verbs.add_parser("train", help="train, going on from the last state if there is one")
+    train.add_argument("--steps", type=int, required=True, help="steps in all; the schedule follows from it")
+    train.add_argument("--threads", type=int, default=os.cpu_count())
+    train.add_argument("--start-from", type=Path, metavar="STATE", help="begin with the weights of another run's state")
+    export = verbs.add_parser("export", help="write the checkpoint folder from the last state")
+    export.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    return {"prepare": prepare, "train": train_model, "export": export_model}[args.verb](args)
+
+
+def prepare(args: argparse.Namespace) -> int:
+    import random
+
+    from k2lite.text.tokenizer import load_tokenizer
+    from tools.demo_training.batches import encode_texts
+    from tools.demo_training.questions import question
+    from tools.demo_training.shape import N_VOCAB
+    from tools.demo_training.text_sources import texts
+    from tools.demo_training.tools_data import tool_dialogue
+    from tools.demo_training.vocabulary import train_vocabulary, write_vocabulary
+
+    args.work.mkdir(exist_ok=True)
+    rng = random.Random("vocabulary")
+    plain = list(texts(held_out=False))
+    dialogues = [str(tool_dialogue(rng, held_out=False)).replace("'", '"') for _ in range(6000)]
+    asked = [question(rng, held_out=False).question for _ in range(6000)]
+    sample = rng.sample(plain, len(plain) // 4)
+    write_vocabulary(args.work, train_vocabulary([*sample, *dialogues, *asked], N_VOCAB))
+    tokenizer = load_tokenizer(args.work)
+    for held_out in (False, True):
+        name = "held_out.npy" if held_out else "train.npy"
+        ids = encode_texts(tokenizer, plain if not held_out else list(texts(held_out=True)), args.work / name)
+        print(f"{name}: {len(ids)} tokens")
+    return 0
+
+
+def train_model(args: argparse.Namespace) -> int:
+    import numpy as np
+    import torch
+
+    from k2lite.text.tokenizer import load_tokenizer
+    from tools.demo_training.batches import Batches
+    from tools.demo_training.shape import model_config
+    from tools.demo_training.training import Settings, Trainer
+    from tools.demo_training.transformer import Transformer
+
+    torch.set_num_threads(args.threads)
+    settings = Settings(steps=args.steps)
+    torch.manual_seed(settings.seed)
+    model = Transformer(model_config())
+    text = np.load(args.work / "train.npy")
+    batches = Batches(load_tokenizer(args.work), text, seed=settings.seed, tokens=settings.tokens_per_step)
+    trainer = Trainer(model, settings, batches.batch)
+    state = args.work / "state.pt"
+    if state.is_file():
+        trainer.load(state)
+    elif args.start_from is not None:
+        model.load_state_dict(torch.load(args.start_from, weights_only=True)["model"])
+    trainer.run(state, args.work / "train_log.jsonl")
+    return 0
+
+
+def export_model(args: argparse.Namespace) -> int:
+    import torch
+
+    from tools.demo_training.export import export
+    from tools.demo_training.shape import CONFIG, model_config
+    from tools.demo_training.transformer import Transformer
+
+    model = Transformer(model_config())
+    model.load_state_dict(torch.load(args.work / "state.pt", weights_only=True)["model"])
+    export(model, CONFIG, args.work, args.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
