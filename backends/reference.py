@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from k2lite.quant.formats import FORMAT_NAMES
 
+from k2lite.quant.formats import FORMAT_NAMES
 from k2lite.quant.types import QuantTensor
 
 from .base import DONE, Backend, Capabilities, Event, Memory, Segment, causal_rows, dot, softmax

@@ -6,8 +6,10 @@ Opening reads every header and no weights; all that is wrong is collected in `pr
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,15 @@ from .module_format import QUANT_SUFFIXES, module_format
 from .quantization_config import QuantizationConfig
 from .safetensors_file import TensorRecord
 from .schema import CheckpointSchema
-from .shards import Shard, read_shards
+from .shards import Shard, ShardSet, read_shards
 from .types import PROJECTIONS, ExpertKey, ExpertLayout, QuantTensor
 
 Stored = tuple[Path, TensorRecord]
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight\w*)")
+# numbers as they are printed only: "07" would be a second name of expert 7
+_NUMBER = "(0|[1-9][0-9]{0,5})"
+_EXPERT = re.compile(
+    rf"model\.layers\.{_NUMBER}\.mlp\.experts\.{_NUMBER}\.(gate_proj|up_proj|down_proj)\.(weight[a-z_]*)"
+)
 _SHOWN_PROBLEMS = 10
 
 
@@ -39,7 +45,7 @@ class FormatUse:
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """One weight: its format (None if damaged), its shape, and its stored tensors by suffix."""
+    """One weight: its format (None if anything is wrong with it), its shape, and its stored tensors by suffix."""
 
     format: QuantFormat | None
     shape: Shape
@@ -51,13 +57,15 @@ class _Module:
 
 
 class Checkpoint:
-    """Made by `open`. `shards` are the files; `ignored` lists stored names that are known and not needed, by reason."""
+    """Made by `open`. `shards` are the files; `ignored` lists stored names that are known and not needed, by reason;
+    `problems` is what makes the folder unusable, `notes` what is odd and does no harm."""
 
     def __init__(self, folder: Path, schema: CheckpointSchema) -> None:
         self.folder = folder
         self.schema = schema
         self.shards: tuple[Shard, ...] = ()
         self.problems: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self.ignored: dict[str, list[str]] = {}
         self._trunk: dict[str, _Module] = {}
         self._experts: dict[ExpertKey, dict[str, _Module]] = {}
@@ -67,37 +75,45 @@ class Checkpoint:
         """Read all headers of `folder`. Raises CheckpointError only where there is nothing to look at; all else is
         in `problems`."""
         checkpoint = cls(folder, schema)
-        found = read_shards(folder)
-        checkpoint.shards = tuple(found.shards)
-        trunk, experts, extra = checkpoint._classify(found.tensors)
-        problems = [*found.problems, *extra]
-        problems += checkpoint._add_trunk(trunk, quantization)
-        problems += checkpoint._add_experts(experts, quantization)
-        checkpoint.problems = tuple(problems)
+        with _collection_paused():
+            checkpoint._fill(read_shards(folder), quantization)
         return checkpoint
 
+    def _fill(self, found: ShardSet, quantization: QuantizationConfig | None) -> None:
+        self.shards = tuple(found.shards)
+        self.notes = tuple(found.notes)
+        trunk, experts, extra = self._classify(found.tensors)
+        reported = {_trunk_owner(name.removeprefix(self.schema.prefix))[0] for name in found.reported}
+        problems = [*found.problems, *extra]
+        problems += self._add_trunk(trunk, quantization, reported)
+        problems += self._add_experts(experts, quantization, reported)
+        self.problems = tuple(problems)
+
     def raise_for_problems(self) -> None:
-        """Raise CheckpointError if opening found any."""
+        """Raise CheckpointError if opening found any, with their number and the first few."""
         if not self.problems:
             return
         more = len(self.problems) - _SHOWN_PROBLEMS
         rest = [f"... and {more} more: k2lite info {self.folder} lists all"] if more > 0 else []
         shown = "\n  ".join([*self.problems[:_SHOWN_PROBLEMS], *rest])
-        raise CheckpointError(f"{self.folder}: the weights can't be used:\n  {shown}")
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
+        raise CheckpointError(f"{self.folder}: the weights can't be used, {count}:\n  {shown}")
 
     def trunk(self, name: str) -> QuantTensor:
         """Read a trunk tensor by its canonical name. Raises CheckpointError naming file and tensor."""
-        module = self._trunk[name]
-        assert module.format is not None, "problems must be raised before tensors are read"
+        module = self._trunk.get(name)
+        if module is None or module.format is None:
+            raise self._unusable(f"tensor {self.schema.prefix}{name}")
         parts = {suffix: self._read(*stored) for suffix, stored in module.parts.items()}
-        check_weight_shape(parts, module.shape, name)
+        check_weight_shape(parts, module.shape, f"{self.folder}: {self.schema.prefix}{name}")
         return QuantTensor(module.format, module.shape, parts)
 
     def expert(self, key: ExpertKey) -> ExpertLayout:
-        """Where an expert's bytes lie."""
-        modules = self._experts[key]
+        """Where an expert's bytes lie. Raises CheckpointError if it is not whole."""
+        modules = self._experts.get(key, {})
         formats = {projection: module.format for projection, module in modules.items() if module.format is not None}
-        assert len(formats) == len(PROJECTIONS), "problems must be raised before experts are read"
+        if len(formats) != len(PROJECTIONS):
+            raise self._unusable(f"layer {key.layer}, expert {key.expert}")
         return expert_layout(
             key,
             {
@@ -107,6 +123,11 @@ class Checkpoint:
             },
             formats,
             {projection: self.schema.projection_shape(projection) for projection in PROJECTIONS},
+        )
+
+    def _unusable(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: {what} is not there as this model needs it; k2lite info {self.folder} lists all problems"
         )
 
     @property
@@ -172,21 +193,25 @@ class Checkpoint:
         return trunk, experts, extra
 
     def _add_trunk(
-        self, found: Mapping[str, Mapping[str, Stored]], declared: QuantizationConfig | None
+        self, found: Mapping[str, Mapping[str, Stored]], declared: QuantizationConfig | None, reported: set[str]
     ) -> Iterator[str]:
         for name, spec in self.schema.trunk.items():
             parts = found.get(name)
-            if parts is None:
-                yield f"{self.folder}: tensor {self.schema.prefix}{name} {list(spec.shape)} is missing"
-                continue
-            module, problems = self._module(
-                name.removesuffix(".weight"), spec.shape, parts, declared, quantizable=spec.quantizable
-            )
-            self._trunk[name] = module
-            yield from problems
+            if parts is not None:
+                module, problems = self._module(
+                    name.removesuffix(".weight"), spec.shape, parts, declared, quantizable=spec.quantizable
+                )
+                self._trunk[name] = module
+            else:
+                problems = [f"{self.folder}: tensor {self.schema.prefix}{name} {list(spec.shape)} is missing"]
+            if name not in reported:
+                yield from problems
 
     def _add_experts(
-        self, found: Mapping[ExpertKey, Mapping[str, Mapping[str, Stored]]], declared: QuantizationConfig | None
+        self,
+        found: Mapping[ExpertKey, Mapping[str, Mapping[str, Stored]]],
+        declared: QuantizationConfig | None,
+        reported: set[str],
     ) -> Iterator[str]:
         for layer in self.schema.expert_layers:
             for expert in range(self.schema.n_routed_experts):
@@ -195,12 +220,13 @@ class Checkpoint:
                     name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
                     parts = found.get(key, {}).get(projection)
                     shape = self.schema.projection_shape(projection)
-                    if parts is None:
-                        yield f"{self.folder}: tensor {self.schema.prefix}{name}.weight {list(shape)} is missing"
-                        continue
-                    module, problems = self._module(name, shape, parts, declared, quantizable=True)
-                    self._experts.setdefault(key, {})[projection] = module
-                    yield from problems
+                    if parts is not None:
+                        module, problems = self._module(name, shape, parts, declared, quantizable=True)
+                        self._experts.setdefault(key, {})[projection] = module
+                    else:
+                        problems = [f"{self.folder}: expert {self.schema.prefix}{name} {list(shape)} is missing"]
+                    if f"{name}.weight" not in reported:
+                        yield from problems
 
     def _module(
         self,
@@ -213,14 +239,29 @@ class Checkpoint:
     ) -> tuple[_Module, list[str]]:
         stored_name = self.schema.prefix + name
         records = {suffix: record for suffix, (_, record) in parts.items()}
-        format_found, problems = module_format(stored_name, shape, records, declared, quantizable=quantizable)
-        file = next(iter(parts.values()))[0]
-        return _Module(format_found, shape, parts), [f"{file}: {stored_name}: {problem}" for problem in problems]
+        format_found, found = module_format(stored_name, shape, records, declared, quantizable=quantizable)
+        problems = []
+        for suffix, problem in found:
+            file, record = parts[suffix] if suffix else next(iter(parts.values()))
+            problems.append(f"{file}: {f'tensor {record.name}' if suffix else stored_name} {problem}")
+        return _Module(format_found, shape, parts), problems
 
     def _read(self, path: Path, record: TensorRecord) -> torch.Tensor:
         buffer = torch.empty(record.nbytes, dtype=torch.uint8)
         read_exactly(path, record.offset, buffer, f"tensor {record.name}")
         return buffer.view(record.dtype).view(record.shape)
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Opening makes a million objects that all stay; looking for garbage among them doubles the time it takes."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _trunk_owner(name: str) -> tuple[str, str]:

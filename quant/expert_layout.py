@@ -79,7 +79,8 @@ def _view(buffer: torch.Tensor, view: PartView) -> torch.Tensor:
     for length in view.shape:
         size *= length
     raw = buffer[view.offset : view.offset + size]
-    if raw.data_ptr() % view.dtype.itemsize or view.offset % view.dtype.itemsize:
+    # torch asks for the second, processors for the first; they differ where a buffer is a slice of an arena
+    if raw.data_ptr() % view.dtype.itemsize or raw.storage_offset() % view.dtype.itemsize:
         raw = raw.clone()
     return raw.view(view.dtype).view(view.shape)
 

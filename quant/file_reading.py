@@ -1,12 +1,34 @@
-"""Reading a run of bytes whole, or an error that names the file and what was being read."""
+"""Reading what others wrote: a run of bytes whole, JSON that is what it seems, and words about both that are short.
+
+Invariant: whatever the bytes are, the only exception is CheckpointError, and its text is bounded and printable.
+"""
 
 from __future__ import annotations
 
+import json
+import reprlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import CheckpointError
+
+MAX_JSON_BYTES = 100_000_000  # the safetensors package's own limit for a header
+MAX_NAME_LENGTH = 1000
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 200, 100, 60
+
+
+def shown(value: object) -> str:
+    """A value from a file as text of an error message: its repr, cut in length and depth."""
+    return _SHORT.repr(value)
+
+
+def is_name(value: object) -> bool:
+    """Whether a tensor or file name can be printed as it is: no control characters, no halves of surrogate pairs."""
+    return isinstance(value, str) and len(value) <= MAX_NAME_LENGTH and value.isprintable()
 
 
 def read_exactly(path: Path, offset: int, buffer: torch.Tensor, what: str) -> None:
@@ -28,3 +50,35 @@ def read_exactly(path: Path, offset: int, buffer: torch.Tensor, what: str) -> No
             f"{path}: {what}: found {done} of {len(view)} bytes at offset {offset}; the file has become shorter, "
             "download it again"
         )
+
+
+def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
+    """JSON from a file. Names may not occur twice in an object: readers differ in which one they take.
+    Raises CheckpointError, which begins with `where`."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise CheckpointError(
+                f"{where}: found the name {shown(twice)} twice, expected each name once; download the file again"
+            )
+        return table
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except RecursionError as error:
+        raise CheckpointError(
+            f"{where}: found JSON nested too deeply, expected a flat object; download the file again"
+        ) from error
+    except ValueError as error:  # not UTF-8, not JSON, or an integer of thousands of digits
+        raise CheckpointError(
+            f"{where}: found something that is not JSON ({error!s:.100}), expected a JSON object; "
+            "download the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where}: found a JSON {type(value).__name__}, expected an object; download the file again"
+        )
+    return value

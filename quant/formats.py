@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -43,11 +44,18 @@ class QuantFormat(ABC):
         return sum(dtype.itemsize * math.prod(part) for dtype, part in self.parts(shape).values())
 
     def _finite(self, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.to(torch.float32)
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"a weight holds NaN or infinity and can't be quantized to {self.name}")
-        return weight.to(torch.float32)
+        return weight.contiguous()
+
+    def _rows_columns(self, shape: Shape) -> tuple[int, int]:
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.name} stores matrices [out, in], found the shape {list(shape)}")
+        return shape[0], shape[1]
 
 
+@cache
 def format_named(name: str) -> QuantFormat:
     """The format called `name`, as in FORMAT_NAMES."""
     from .fp8 import Fp8Block

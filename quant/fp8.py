@@ -23,20 +23,20 @@ class Fp8Block(QuantFormat):
     name: str = field(default=FP8_NAME, init=False)
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
-        blocks = tuple(-(-size // BLOCK) for size in shape)
+        blocks = tuple(-(-size // BLOCK) for size in self._rows_columns(shape))
         return {"weight": (torch.float8_e4m3fn, shape), "weight_scale_inv": (torch.float32, blocks)}
 
     def dequantize(self, parts: Parts, shape: Shape) -> torch.Tensor:
         return parts["weight"].to(torch.float32) * _spread(parts["weight_scale_inv"], shape)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """scale = amax / 448 of each block; a block of zeros has scale 1."""
-        rows, columns = weight.shape
+        """scale = amax / 448 of each block; a block of zeros, or so small that this is zero, has scale 1."""
+        rows, columns = self._rows_columns(weight.shape)
         weight = self._finite(weight)
         padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
         blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
-        amax = blocks.abs().amax(dim=(1, 3))
-        scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+        scale = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         # a quotient may round above 448, which the format can't hold
         codes = (weight / _spread(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX)
         return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale_inv": scale}

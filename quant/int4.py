@@ -32,7 +32,7 @@ class PackedInt4(QuantFormat):
         return INT4_NAMES[self.name]
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
-        rows, columns = shape
+        rows, columns = self._rows_columns(shape)
         if columns % self.group_size:
             raise CheckpointError(f"{self.name} needs rows of a multiple of {self.group_size} columns, found {columns}")
         return {
@@ -46,11 +46,12 @@ class PackedInt4(QuantFormat):
         return (codes * parts["weight_scale"].to(torch.float32)[:, :, None]).view(shape)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """scale = amax / 7 of each group, rounded to BF16 before codes are chosen; a group of zeros has scale 1."""
+        """scale = amax / 7 of each group, rounded to BF16 before codes are chosen; a group of zeros, or so small that
+        this is zero, has scale 1."""
         self.parts(tuple(weight.shape))
         groups = self._finite(weight).view(weight.shape[0], -1, self.group_size)
-        amax = groups.abs().amax(dim=-1)
-        scale = torch.where(amax > 0, amax / MAX_CODE, torch.ones_like(amax)).to(torch.bfloat16)
+        scale = (groups.abs().amax(dim=-1) / MAX_CODE).to(torch.bfloat16)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         codes = (groups / scale.to(torch.float32)[:, :, None]).round().clamp(-MAX_CODE, MAX_CODE)
         return {
             "weight_packed": pack(codes.view(weight.shape)),

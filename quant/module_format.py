@@ -5,12 +5,12 @@ The tensors' own names and dtypes decide; the shape must be the config's and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from .errors import CheckpointError
-from .formats import FP8_NAME, QuantFormat, Shape, format_named
+from .formats import FP8_NAME, INT4_NAMES, QuantFormat, Shape, format_named
 from .plain import PLAIN_DTYPES
 from .quantization_config import QuantizationConfig
 from .safetensors_file import TensorRecord
@@ -28,29 +28,41 @@ def module_format(
     declared: QuantizationConfig | None,
     *,
     quantizable: bool,
-) -> tuple[QuantFormat | None, list[str]]:
-    """The format of `module`, a stored name, whose tensors by suffix are `records`, and the problems found. The format
-    is None where it can't be told."""
+) -> tuple[QuantFormat | None, list[tuple[str | None, str]]]:
+    """The format of `module`, a stored name, whose tensors by suffix are `records`, and the problems found: each is a
+    suffix, None where it is the whole module's, and a sentence. The format is None if there are any."""
     try:
         found = _by_suffixes(shape, records)
         parts = found.parts(shape)
     except CheckpointError as error:
-        return None, [str(error)]
-    problems = []
+        return None, [(None, str(error))]
+    problems = [*_part_problems(parts, records), *_declaration_problems(module, found, declared, quantizable)]
+    return (None if problems else found), problems
+
+
+def _part_problems(
+    parts: Mapping[str, tuple[torch.dtype, Shape]], records: Mapping[str, TensorRecord]
+) -> Iterator[tuple[str | None, str]]:
     for suffix, (dtype, part_shape) in parts.items():
         record = records[suffix]
         dtypes = {dtype, torch.int64} if suffix == "weight_shape" else {dtype}
         if record.dtype not in dtypes:
-            problems.append(f"{suffix} is {_dtype_name(record.dtype)}, expected {_dtype_name(dtype)}")
+            yield suffix, f"has dtype {_dtype_name(record.dtype)}, expected {_dtype_name(dtype)}"
         if record.shape != part_shape:
-            problems.append(f"{suffix} has shape {list(record.shape)}, expected {list(part_shape)}")
-    if found.name not in PLAIN_DTYPES:
-        if not quantizable:
-            problems.append(f"is stored as {found.name}, expected bf16, f16 or f32")
-        elif declared is None or not declared.allows(module, found.name):
-            says = "has no quantization_config" if declared is None else f"({declared.method}) does not say so"
-            problems.append(f"is stored as {found.name}, and config.json {says}")
-    return found, problems
+            yield suffix, f"has shape {list(record.shape)}, expected {list(part_shape)}"
+
+
+def _declaration_problems(
+    module: str, found: QuantFormat, declared: QuantizationConfig | None, quantizable: bool
+) -> Iterator[tuple[str | None, str]]:
+    if found.name in PLAIN_DTYPES:
+        return
+    if not quantizable:
+        yield None, f"is stored as {found.name}, expected bf16, f16 or f32"
+    elif declared is None:
+        yield None, f"is stored as {found.name}, and config.json has no quantization_config"
+    elif not declared.allows(module, found.name):
+        yield None, f"is stored as {found.name}, which config.json's quantization_config does not say of it"
 
 
 def _by_suffixes(shape: Shape, records: Mapping[str, TensorRecord]) -> QuantFormat:
@@ -58,19 +70,26 @@ def _by_suffixes(shape: Shape, records: Mapping[str, TensorRecord]) -> QuantForm
     if suffixes == {"weight"}:
         dtype = records["weight"].dtype
         if dtype not in _PLAIN_NAMES:
-            wants = "a weight_scale_inv beside it" if dtype == torch.float8_e4m3fn else "BF16, F16 or F32"
-            raise CheckpointError(f"weight is {_dtype_name(dtype)}, expected {wants}")
+            wants = "a weight_scale_inv beside it" if dtype == torch.float8_e4m3fn else "bfloat16, float16 or float32"
+            raise CheckpointError(f"has a weight of dtype {_dtype_name(dtype)}, expected {wants}")
         return format_named(_PLAIN_NAMES[dtype])
     if suffixes == _FP8_SUFFIXES:
         return format_named(FP8_NAME)
     if suffixes == _INT4_SUFFIXES:
-        scale = records["weight_scale"].shape
-        groups = scale[1] if len(scale) == 2 else 0
-        group_size = shape[1] // groups if groups else 0
-        return format_named(f"int4_g{group_size}")
+        return format_named(_int4_name(shape, records["weight_scale"].shape))
     raise CheckpointError(
         f"has {', '.join(sorted(suffixes)) or 'no tensor'}, expected weight; or {', '.join(sorted(_FP8_SUFFIXES))}; "
         f"or {', '.join(sorted(_INT4_SUFFIXES))}"
+    )
+
+
+def _int4_name(shape: Shape, scale: Shape) -> str:
+    for name, group_size in INT4_NAMES.items():
+        if len(shape) == 2 and scale == (shape[0], shape[1] // group_size) and not shape[1] % group_size:
+            return name
+    sizes = ", ".join(map(str, INT4_NAMES.values()))
+    raise CheckpointError(
+        f"has weight_scale of shape {list(scale)}, expected one scale for each {sizes} columns of {list(shape)}"
     )
 
 

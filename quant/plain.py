@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import CheckpointError
 from .formats import Parts, QuantFormat, Shape
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -24,4 +25,8 @@ class Plain(QuantFormat):
         return parts["weight"].to(torch.float32).view(shape)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"weight": self._finite(weight).to(PLAIN_DTYPES[self.name])}
+        """Rounded to the nearest; a number too large for the format is an error, never an infinity."""
+        rounded = self._finite(weight).to(PLAIN_DTYPES[self.name])
+        if not torch.isfinite(rounded).all():
+            raise CheckpointError(f"a weight holds {weight.abs().max():g}, which is too large for {self.name}")
+        return {"weight": rounded}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,26 @@ from .formats import FP8_NAME, INT4_NAMES
 
 
 @dataclass(frozen=True)
+class ModuleMatcher:
+    """A list of targets or of modules to ignore, by compressed-tensors' rule: "re:" is anchored at the start only;
+    any other entry is a module's or its class's whole name."""
+
+    entries: tuple[str, ...]
+
+    def matches(self, module: str) -> bool:
+        """Whether `module`, a Linear, is meant."""
+        return "Linear" in self.entries or module in self.entries or any(p.match(module) for p in self._patterns)
+
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        return [re.compile(entry[3:]) for entry in self.entries if entry.startswith("re:")]
+
+
+@dataclass(frozen=True)
 class QuantGroup:
     """One config group: the modules it targets and the format their weights have."""
 
-    targets: tuple[str, ...]
+    targets: ModuleMatcher
     format_name: str
 
 
@@ -30,29 +47,24 @@ class QuantizationConfig:
 
     method: str
     groups: tuple[QuantGroup, ...]
-    ignore: tuple[str, ...]
+    ignore: ModuleMatcher
 
     def allows(self, module: str, format_name: str) -> bool:
         """Whether a Linear `module` may be stored in this quantized format, as stored names go."""
         if self.method == "fp8":
             return format_name == FP8_NAME
-        if any(_matches(entry, module) for entry in self.ignore):
+        if self.ignore.matches(module):
             return False
-        found = next((g for g in self.groups if any(_matches(target, module) for target in g.targets)), None)
+        found = next((group for group in self.groups if group.targets.matches(module)), None)
         return found is not None and found.format_name == format_name
-
-
-def _matches(entry: str, module: str) -> bool:
-    """compressed-tensors' rule: "re:" is anchored at the start only; else a module's or its class's whole name."""
-    if entry.startswith("re:"):
-        return re.match(entry[3:], module) is not None
-    return entry in (module, "Linear")
 
 
 def parse_quantization_config(raw: Mapping[str, Any] | None, source: Path) -> QuantizationConfig | None:
     """Parse the block, None if the model declares none. Raises ConfigError."""
     if raw is None:
         return None
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source}: quantization_config is {raw!r:.100}, expected an object")
     method = raw.get("quant_method")
     if method == "fp8":
         return _fp8(raw, source)
@@ -66,7 +78,7 @@ def _fp8(raw: Mapping[str, Any], source: Path) -> QuantizationConfig:
     _demand(raw, source, "", "fmt", ("e4m3", None))
     _demand(raw, source, "", "activation_scheme", ("dynamic", None))
     _demand(raw, source, "", "scale_fmt", ("float", "ue8m0", None))
-    return QuantizationConfig("fp8", (), ())
+    return QuantizationConfig("fp8", (), ModuleMatcher(()))
 
 
 def _compressed_tensors(raw: Mapping[str, Any], source: Path) -> QuantizationConfig:
@@ -75,13 +87,14 @@ def _compressed_tensors(raw: Mapping[str, Any], source: Path) -> QuantizationCon
     _demand(raw, source, "", "kv_cache_scheme", (None,))
     _demand(raw, source, "", "sparsity_config", (None, {}))
     _demand(raw, source, "", "transform_config", (None, {}))
+    _demand(raw, source, "", "moe_sparsity_config", (None, {}))
     groups = raw.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise _unsupported(source, "config_groups", groups, "an object of groups")
     return QuantizationConfig(
         "compressed-tensors",
         tuple(_group(group, source, f"config_groups.{name}.") for name, group in groups.items()),
-        _strings(raw.get("ignore", []), source, "ignore"),
+        ModuleMatcher(_strings(raw.get("ignore", []), source, "ignore")),
     )
 
 
@@ -101,7 +114,7 @@ def _group(group: Mapping[str, Any], source: Path, at: str) -> QuantGroup:
     _demand(weights, source, at_weights, "actorder", (None,))
     _demand(weights, source, at_weights, "group_size", tuple(INT4_NAMES.values()))
     name = next(name for name, size in INT4_NAMES.items() if size == weights["group_size"])
-    return QuantGroup(_strings(group.get("targets"), source, f"{at}targets"), name)
+    return QuantGroup(ModuleMatcher(_strings(group.get("targets"), source, f"{at}targets")), name)
 
 
 def _strings(value: Any, source: Path, key: str) -> tuple[str, ...]:
@@ -111,7 +124,7 @@ def _strings(value: Any, source: Path, key: str) -> tuple[str, ...]:
         if item.startswith("re:"):
             try:
                 re.compile(item[3:])
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise _unsupported(source, key, item, f"a regular expression ({error})") from error
     return tuple(value)
 

@@ -7,10 +7,8 @@ checked. Format: the README of the safetensors project. Knows no models.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,12 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
+from .file_reading import MAX_JSON_BYTES, MAX_NAME_LENGTH, is_name, parse_json_object, shown
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
 _LENGTH = struct.Struct("<Q")
+_METADATA = "__metadata__"
+_MAX_DIMENSIONS = 64
+_TOO_LARGE = 1 << 63
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -53,7 +54,8 @@ class TensorRecord:
 
 
 def read_header(path: Path) -> dict[str, TensorRecord]:
-    """The tensors of a file by name, in the order of their bytes. Raises CheckpointError."""
+    """The tensors of a file by name, in the order of their bytes. Raises CheckpointError naming the file, the tensor
+    where there is one, what was found and what was expected."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -62,72 +64,62 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
             if len(prefix) < _LENGTH.size:
                 raise _damaged(path, f"a file of {size} bytes", "at least 8 bytes")
             (length,) = _LENGTH.unpack(prefix)
-            if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"a header of {length} bytes", f"at most {MAX_HEADER_BYTES}")
+            if length > MAX_JSON_BYTES:
+                raise _damaged(path, f"a header of {length} bytes", f"at most {MAX_JSON_BYTES}")
             if _LENGTH.size + length > size:
                 raise _damaged(path, f"a header of {length} bytes in a file of {size}", "a header inside the file")
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from error
-    entries = _parse(path, text)
+    if len(text) < length:
+        raise _damaged(path, f"{len(text)} bytes of a header of {length}", "a file that is not being written")
+    entries = parse_json_object(text, f"{path}: header")
+    metadata = entries.pop(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(path, f"the {_METADATA} entry {shown(metadata)}", "an object of strings")
     data_start = _LENGTH.size + length
-    records = [
-        _record(path, name, entry, data_start, size) for name, entry in entries.items() if name != "__metadata__"
-    ]
+    records = [_record(path, name, entry, data_start, size) for name, entry in entries.items()]
     return _in_order(path, records, data_start, size)
 
 
-def _parse(path: Path, text: bytes) -> Mapping[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _damaged(path, f"the name {twice!r:.200} twice in the header", "each name once")
-        return table
-
-    try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
-        raise _damaged(path, f"a header that is not JSON ({error!s:.100})", "a JSON object") from error
-    if not isinstance(entries, dict):
-        raise _damaged(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")
-    metadata = entries.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, "a __metadata__ entry of another kind", "an object of strings")
-    return entries
-
-
 def _record(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorRecord:
-    def bad(found: str, expected: str) -> CheckpointError:
-        return _damaged(path, f"tensor {name!r:.200} with {found}", expected)
+    if not is_name(name):
+        raise _damaged(path, f"the tensor name {shown(name)}", f"at most {MAX_NAME_LENGTH} printable characters")
 
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise bad(f"the entry {entry!r:.100}", "dtype, shape and data_offsets")
+    def bad(found: str, expected: str) -> CheckpointError:
+        return _damaged(path, f"tensor {name} with {found}", expected)
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise bad(f"the entry {shown(entry)}", "dtype, shape and data_offsets")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
-        raise bad(f"dtype {dtype_name!r:.50}", f"one of {', '.join(DTYPES)}")
+        raise bad(f"dtype {shown(dtype_name)}", f"one of {', '.join(DTYPES)}")
     if not _is_sizes(shape):
-        raise bad(f"shape {shape!r:.100}", "a list of integers of 0 or more")
+        raise bad(f"shape {shown(shape)}", f"a list of at most {_MAX_DIMENSIONS} integers of 0 or more")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise bad(f"data_offsets {offsets!r:.100}", "two integers, the first not above the second")
+        raise bad(f"data_offsets {shown(offsets)}", "two integers of 0 or more, the first not above the second")
     begin, end = offsets
     if data_start + end > file_size:
         raise bad(f"bytes up to {data_start + end} in a file of {file_size}", "bytes inside the file")
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
-        raise bad(f"{end - begin} bytes for {dtype_name} {shape!r:.100}", f"{nbytes!r:.40} bytes")
+        raise bad(f"{end - begin} bytes for {dtype_name} {shown(shape)}", f"{shown(nbytes)} bytes")
+    if not nbytes and not _fits(shape):
+        raise bad(f"shape {shown(shape)}", "sizes whose product fits in 64 bits")
     return TensorRecord(name, dtype, tuple(shape), data_start + begin, nbytes)
 
 
 def _is_sizes(value: Any) -> bool:
     """A list of plain integers from 0 up; JSON's true is not one, and no size is as large as 2^63."""
-    return (
-        isinstance(value, list)
-        and len(value) <= 64
-        and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
-    )
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return False
+    return all(type(item) is int and 0 <= item < _TOO_LARGE for item in value)
+
+
+def _fits(shape: list[int]) -> bool:
+    """An empty tensor may still have sizes that overflow a reader which multiplies before it meets the zero."""
+    return math.prod(size for size in shape if size) < _TOO_LARGE
 
 
 def _in_order(path: Path, records: list[TensorRecord], data_start: int, size: int) -> dict[str, TensorRecord]:
@@ -137,8 +129,7 @@ def _in_order(path: Path, records: list[TensorRecord], data_start: int, size: in
     for record in records:
         if record.offset != at:
             kind = "overlaps the tensor before it" if record.offset < at else "leaves a hole before it"
-            found = f"tensor {record.name!r:.200} at byte {record.offset}, which {kind}"
-            raise _damaged(path, found, f"byte {at}")
+            raise _damaged(path, f"tensor {record.name} at byte {record.offset}, which {kind}", f"byte {at}")
         at += record.nbytes
     if at != size:
         raise _damaged(path, f"{size - at} bytes after the last tensor", "none (a cut or padded file?)")

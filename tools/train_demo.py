@@ -23,8 +23,22 @@ def main() -> int:
     train.add_argument("--start-from", type=Path, metavar="STATE", help="begin with the weights of another run's state")
     export = verbs.add_parser("export", help="write the checkpoint folder from the last state")
     export.add_argument("folder", type=Path)
+    evaluate = verbs.add_parser("evaluate", help="measure the last state and its exported folder; prints JSON")
+    evaluate.add_argument("folder", type=Path, help="the exported checkpoint")
+    evaluate.add_argument("--dialogues", type=int, default=200)
+    evaluate.add_argument("--questions", type=int, default=50, help="of each kind")
+    evaluate.add_argument("--text-tokens", type=int, default=100_000)
+    plot = verbs.add_parser("plot", help="draw loss, largest logit and expert load over the steps")
+    plot.add_argument("picture", type=Path)
     args = parser.parse_args()
-    return {"prepare": prepare, "train": train_model, "export": export_model}[args.verb](args)
+    actions = {
+        "prepare": prepare,
+        "train": train_model,
+        "export": export_model,
+        "evaluate": evaluate_model,
+        "plot": plot_log,
+    }
+    return actions[args.verb](args)
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -89,6 +103,72 @@ def export_model(args: argparse.Namespace) -> int:
     model = Transformer(model_config())
     model.load_state_dict(torch.load(args.work / "state.pt", weights_only=True)["model"])
     export(model, CONFIG, args.work, args.folder)
+    return 0
+
+
+def evaluate_model(args: argparse.Namespace) -> int:
+    import json
+
+    import numpy as np
+    import torch
+
+    import k2lite
+    from tools.demo_training import evaluation
+    from tools.demo_training.batches import Batches, text_row
+    from tools.demo_training.shape import model_config
+    from tools.demo_training.training import Settings
+    from tools.demo_training.transformer import Transformer
+
+    engine = k2lite.load(args.folder)
+    model = evaluation.load_rounded(args.work / "state.pt", Transformer(model_config()))
+    step = int(torch.load(args.work / "state.pt", weights_only=True)["step"])
+    train, held_out = np.load(args.work / "train.npy"), np.load(args.work / "held_out.npy")[: args.text_tokens]
+    settings = Settings(steps=step)
+    batches = Batches(engine.tokenizer, train, seed=settings.seed, tokens=settings.tokens_per_step)
+    seen = [window for at in range(step) for window in batches.text_windows(at)]
+    turns = evaluation.held_out_turns(engine.tokenizer, args.dialogues, args.questions)
+    dialogues = list({id(turn.ids): turn.ids for turn in turns if len(turn.ids) > 100}.values())
+    spoken = [text_row(np.array(ids, dtype=np.uint16)) for ids in dialogues]
+    texts = [text_row(held_out[at : at + 1024]) for at in range(0, 64 * 1024, 1024)]
+    report = {
+        "step": step,
+        "text_tokens_trained_on": sum(map(len, seen)),
+        "perplexity": evaluation.text_perplexity(model, held_out),
+        "kneser_ney_5_same_tokens": evaluation.ngram_perplexity(seen, held_out),
+        "kneser_ney_5_all_text": evaluation.ngram_perplexity([train], held_out),
+        "turns": evaluation.judge_turns(model, engine, turns),
+        "routing": evaluation.routing_table(model, spoken, texts),
+        "largest_logit_by_layer": {
+            "dialogues": evaluation.largest_logits(model, spoken),
+            "texts": evaluation.largest_logits(model, texts),
+        },
+    }
+    print(json.dumps(report, indent=1))
+    return 0
+
+
+def plot_log(args: argparse.Namespace) -> int:
+    import json
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (args.work / "train_log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    figure, (loss, logit, load) = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True)
+    loss.plot(steps, [line["loss"] for line in lines])
+    loss.set_ylabel("loss (nats, fully weighted tokens)")
+    logit.plot(steps, [line["max_logit"] for line in lines], color="tab:red")
+    logit.set_ylabel("largest attention logit")
+    for layer in range(len(lines[0]["max_load"])):
+        load.plot(steps, [line["max_load"][layer] for line in lines], linewidth=0.8, label=f"MoE layer {layer + 1}")
+    load.set_ylabel("busiest expert over mean")
+    load.set_xlabel("step")
+    load.legend(fontsize=7, ncol=3)
+    figure.tight_layout()
+    figure.savefig(args.picture, dpi=110)
     return 0
 
 

@@ -70,7 +70,7 @@ def _open(path: Path) -> Any:
     return tokenizer
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet of a printable character for every byte: the printable ones stand for themselves, the others
     take the characters from 256 on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -79,4 +79,4 @@ def _byte_of_character() -> dict[str, int]:
     return table | {chr(256 + place): byte for place, byte in enumerate(rest)}
 
 
-_BYTE_OF = _byte_of_character()
+_BYTE_OF = byte_of_character()

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from k2lite.errors import BackendError, CheckpointError, ContextLengthError, MemoryPlanError, RequestError
 
 import k2lite
 from k2lite.backends.base import Memory
 from k2lite.backends.reference import ReferenceBackend
 from k2lite.engine import Chunk
+from k2lite.errors import BackendError, CheckpointError, ContextLengthError, MemoryPlanError, RequestError
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

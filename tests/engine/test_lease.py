@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from k2lite.errors import CheckpointError
 
 import k2lite
+from k2lite.errors import CheckpointError
 from k2lite.offload.resident import ResidentSource
 from k2lite.offload.statistics import RouterStats
 

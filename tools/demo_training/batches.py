@@ -30,6 +30,10 @@ SHORT_TOKENS = 512
 LONG_EVERY = 4
 
 
+# ids, positions, documents, weights
+Row = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+
+
 @dataclass(frozen=True)
 class Batch:
     """int64 [B, T] each, and the loss weight float32 [B, T] of predicting the token that follows."""
@@ -55,6 +59,12 @@ def said_by_assistant(ids: list[int], special: Mapping[str, int]) -> list[bool]:
     return said
 
 
+def text_row(window: npt.NDArray[np.uint16]) -> Row:
+    """A window of text as one document in which every token counts."""
+    length = len(window)
+    return window.astype(np.int64), np.arange(length), np.zeros(length, dtype=np.int64), np.ones(length)
+
+
 class Batches:
     """`text` is uint16 token ids of the training texts on end."""
 
@@ -64,12 +74,15 @@ class Batches:
         self._seed = seed
         self._tokens = tokens
 
+    def text_windows(self, step: int) -> list[npt.NDArray[np.uint16]]:
+        """The windows of text in a step's batch, each one token longer than its row."""
+        rng, length, rows = self._begin(step)
+        return [self._window(rng, length) for _ in range(round(rows * TEXT_SHARE))]
+
     def batch(self, step: int) -> Batch:
-        rng = random.Random(f"{self._seed}:{step}")
-        length = TRAINED_TOKENS if step % LONG_EVERY == LONG_EVERY - 1 else SHORT_TOKENS
-        rows = max(1, self._tokens // length)
+        rng, length, rows = self._begin(step)
         n_text = round(rows * TEXT_SHARE)
-        made = [self._text_row(rng, length) for _ in range(n_text)]
+        made = [text_row(self._window(rng, length)) for _ in range(n_text)]
         made += [self._dialogue_row(rng, length) for _ in range(rows - n_text)]
         ids, positions, documents, weights = (np.stack(parts) for parts in zip(*made, strict=True))
         # position t predicts token t + 1; the weight belongs to the token predicted
@@ -82,13 +95,16 @@ class Batches:
             weights=torch.from_numpy(weights[:, 1:] * same).float(),
         )
 
-    def _text_row(self, rng: random.Random, length: int) -> tuple[npt.NDArray[Any], ...]:
-        at = rng.randrange(len(self._text) - length - 1)
-        ids = self._text[at : at + length + 1].astype(np.int64)
-        whole = np.arange(length + 1)
-        return ids, whole, np.zeros(length + 1, dtype=np.int64), np.ones(length + 1)
+    def _begin(self, step: int) -> tuple[random.Random, int, int]:
+        """A step's random numbers, its row length and its number of rows."""
+        length = TRAINED_TOKENS if step % LONG_EVERY == LONG_EVERY - 1 else SHORT_TOKENS
+        return random.Random(f"{self._seed}:{step}"), length, max(1, self._tokens // length)
 
-    def _dialogue_row(self, rng: random.Random, length: int) -> tuple[npt.NDArray[Any], ...]:
+    def _window(self, rng: random.Random, length: int) -> npt.NDArray[np.uint16]:
+        at = rng.randrange(len(self._text) - length - 1)
+        return self._text[at : at + length + 1]
+
+    def _dialogue_row(self, rng: random.Random, length: int) -> Row:
         ids: list[int] = []
         positions: list[int] = []
         documents: list[int] = []

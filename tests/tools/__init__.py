@@ -1,0 +1,1 @@
+"""Tests of tools/demo_training: the optimizer, the model against plain loops, data, export, evaluation."""
