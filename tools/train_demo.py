@@ -45,6 +45,7 @@ def prepare(args: argparse.Namespace) -> int:
     import random
 
     from k2lite.text.tokenizer import load_tokenizer
+    from tools.demo_training import words
     from tools.demo_training.batches import encode_texts
     from tools.demo_training.questions import question
     from tools.demo_training.shape import N_VOCAB
@@ -55,10 +56,12 @@ def prepare(args: argparse.Namespace) -> int:
     args.work.mkdir(exist_ok=True)
     rng = random.Random("vocabulary")
     plain = list(texts(held_out=False))
-    dialogues = [str(tool_dialogue(rng, held_out=False)).replace("'", '"') for _ in range(6000)]
-    asked = [question(rng, held_out=False).question for _ in range(6000)]
+    opening = "tool_declare You are Kimi, an AI assistant created by Moonshot AI."
+    dialogues = [opening + str(tool_dialogue(rng, held_out=False)).replace("'", '"') for _ in range(6000)]
+    asked = [" ".join((made.question, made.answer)) for made in (question(rng, held_out=False) for _ in range(6000))]
     sample = rng.sample(plain, len(plain) // 4)
-    write_vocabulary(args.work, train_vocabulary([*sample, *dialogues, *asked], N_VOCAB))
+    copied = {*words.VERBS, *words.NOUNS, *words.PARAMETERS, *words.RESULT_FIELDS, *words.ENUM_VALUES}
+    write_vocabulary(args.work, train_vocabulary([*sample, *dialogues, *asked], N_VOCAB, copied))
     tokenizer = load_tokenizer(args.work)
     for held_out in (False, True):
         name = "held_out.npy" if held_out else "train.npy"

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,7 +100,7 @@ class _Mask:
 
     def __init__(self, control_tokens: Iterable[str], everything: list[Any]) -> None:
         self._tokens = [token for token in control_tokens if token]
-        self._prefixes = {token[:length] for token in self._tokens for length in range(1, len(token))}
+        self._prefixes = _prefixes(tuple(self._tokens))
         self._longest = max(map(len, self._tokens), default=0)
         used = set(json.dumps(everything, ensure_ascii=False, default=str))
         free = (chr(code) for code in _MASK_CHARACTERS if chr(code) not in used)
@@ -128,6 +129,12 @@ class _Mask:
             return True
         # the end of one text may complete a name with the beginning of the next
         return len(text) - at < self._longest and text[at:] in self._prefixes
+
+
+@lru_cache(maxsize=4)
+def _prefixes(tokens: tuple[str, ...]) -> frozenset[str]:
+    """What the tokens begin with; kept, because a model has thousands and every prompt asks."""
+    return frozenset(token[:length] for token in tokens for length in range(1, len(token)))
 
 
 def _environment() -> Any:

@@ -11,10 +11,9 @@ import torch
 
 from k2lite.text.tokenizer import Tokenizer
 from tools.demo_training.batches import text_row
-from tools.demo_training.calls import calls_in, is_valid
-from tools.demo_training.evaluation import forward, held_out_turns, largest_logits, may_be_trained_on, routing_table
+from tools.demo_training.calls import is_valid
+from tools.demo_training.evaluation import forward, held_out_turns, largest_logits, routing_table
 from tools.demo_training.ngram import ORDER, KneserNey
-from tools.demo_training.questions import question
 from tools.demo_training.transformer import Transformer
 
 TOOLS = [
@@ -97,33 +96,6 @@ def test_kneser_ney_probabilities_are_those_of_the_dictionary_version() -> None:
 )
 def test_a_call_is_valid_if_the_tool_exists_and_the_schema_is_met(name: str, arguments: str, valid: bool) -> None:
     assert is_valid(name, arguments, TOOLS) is valid
-
-
-def test_calls_are_read_from_an_answer() -> None:
-    text = (
-        "<|tool_calls_section_begin|>"
-        "<|tool_call_begin|>functions.a_b:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
-        '<|tool_call_begin|>functions.c:1<|tool_call_argument_begin|>{"x": 1}<|tool_call_end|>'
-        "<|tool_calls_section_end|>"
-    )
-    assert calls_in(text) == [("a_b", "{}"), ("c", '{"x": 1}')]
-    assert calls_in("functions.a_b:0 {}") == []
-
-
-def test_no_subtraction_that_training_asks_is_judged() -> None:
-    rng = random.Random(0)
-
-    def asked(held_out: bool, count: int) -> set[str]:
-        made = {question(rng, held_out=held_out, kind="arithmetic").question for _ in range(count)}
-        return {text for text in made if " minus " in text or " - " in text}
-
-    trained = asked(False, 4000)
-    assert all(may_be_trained_on(text) for text in trained)
-    held_out = asked(True, 4000)
-    judged = {text for text in held_out if not may_be_trained_on(text)}
-    assert 0 < len(judged) < len(held_out)
-    assert not judged & trained
-    assert not may_be_trained_on("What is 3 plus 4?")
 
 
 def test_turns_end_with_the_end_of_turn_and_hold_what_was_said(tokenizer: Tokenizer) -> None:

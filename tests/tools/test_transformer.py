@@ -19,7 +19,7 @@ def plain_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down
     for token in range(len(x)):
         total = torch.zeros(x.shape[1])
         for place, expert in enumerate(ids[token].tolist()):
-            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            gate, up = gate_up[expert] @ x[token]
             total = total + weights[token, place] * (down[expert] @ (F.silu(gate) * up))
         rows.append(total)
     return torch.stack(rows)
@@ -35,7 +35,7 @@ def test_routed_experts_and_their_gradients_equal_a_plain_loop(
     x, weights = torch.randn(tokens, hidden), torch.rand(tokens, active)
     # the last expert is never chosen
     ids = torch.stack([torch.randperm(experts - 1)[:active] for _ in range(tokens)])
-    gate_up, down = torch.randn(experts, 2 * width, hidden) / 4, torch.randn(experts, hidden, width) / 3
+    gate_up, down = torch.randn(experts, 2, width, hidden) / 4, torch.randn(experts, hidden, width) / 3
     wanted = torch.randn(tokens, hidden)
     results = []
     for function in (transformer._RoutedExperts.apply, plain_experts):

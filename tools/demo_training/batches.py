@@ -25,7 +25,7 @@ from .tools_data import tool_dialogue
 
 PROMPT_WEIGHT = 0.1
 TEXT_SHARE = 0.2
-TOOL_SHARE = 0.7
+TOOL_SHARE = 0.6
 SHORT_TOKENS = 512
 LONG_EVERY = 4
 

@@ -1,4 +1,4 @@
-"""Reading tool calls out of an answer and judging them: the right name, arguments that satisfy the schema.
+"""Judging a tool call: the right name, arguments that satisfy the schema.
 
 Only the part of JSON schema that the generator uses: an object with required properties of type string, integer or
 boolean, and enumerations.
@@ -7,18 +7,8 @@ boolean, and enumerations.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-_CALL = re.compile(
-    r"<\|tool_call_begin\|>functions\.([\w.-]+):\d+<\|tool_call_argument_begin\|>(.*?)<\|tool_call_end\|>", re.DOTALL
-)
-
-
-def calls_in(text: str) -> list[tuple[str, str]]:
-    """Name and argument text of each call."""
-    return _CALL.findall(text)
 
 
 def is_valid(name: str, arguments: str, tools: Sequence[Mapping[str, Any]]) -> bool:

@@ -8,7 +8,6 @@ k2lite runtime generates it, and its name and schema are judged.
 from __future__ import annotations
 
 import random
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,17 @@ import torch
 
 import k2lite
 from k2lite.text.tokenizer import Tokenizer
+from k2lite.text.tool_calls import tool_calls
 
 from .batches import Row, said_by_assistant, text_row
-from .calls import calls_in, is_valid
+from .calls import is_valid
 from .ngram import ORDER, KneserNey
 from .questions import KINDS, question
 from .shape import N_VOCAB, TRAINED_TOKENS
-from .text_sources import is_held_out
 from .tools_data import tool_dialogue
 from .transformer import Transformer
 
 ANSWER_TOKENS = 160
-_SUBTRACTION = re.compile(r"(\d+) (?:minus|-) (\d+)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Turn:
 
     @property
     def is_call(self) -> bool:
-        return bool(calls_in(self.expected))
+        return bool(tool_calls(self.expected))
 
 
 def held_out_turns(tokenizer: Tokenizer, dialogues: int, questions: int) -> list[Turn]:
@@ -60,21 +58,9 @@ def held_out_turns(tokenizer: Tokenizer, dialogues: int, questions: int) -> list
     for kind in KINDS:
         for _ in range(questions):
             asked = question(rng, held_out=True, kind=kind)
-            while may_be_trained_on(asked.question):
-                asked = question(rng, held_out=True, kind=kind)
             messages = [{"role": "user", "content": asked.question}, {"role": "assistant", "content": asked.answer}]
             turns += _turns(tokenizer, messages, None, kind)
     return turns
-
-
-def may_be_trained_on(text: str) -> bool:
-    """Whether training can ask this subtraction. The generator puts the larger number first only after it has decided
-    what is held out, so the question is unseen only if the pair is held out in both orders."""
-    found = _SUBTRACTION.search(text)
-    if found is None:
-        return False
-    a, b = found.groups()
-    return not (is_held_out(f"minus:{a},{b}", 0.1) and is_held_out(f"minus:{b},{a}", 0.1))
 
 
 def _turns(
@@ -126,10 +112,9 @@ def judge_turns(model: Transformer, engine: k2lite.Engine, turns: list[Turn]) ->
 def _valid_call(engine: k2lite.Engine, turn: Turn) -> bool:
     """Generate the turn with the runtime; right if it calls the expected tools in order, each validly."""
     tokens = engine.generate(turn.ids[: turn.begin], max_tokens=ANSWER_TOKENS, temperature=0)
-    made = calls_in(engine.tokenizer.decode(tokens))
-    expected = calls_in(turn.expected)
-    right = [name for name, _ in made] == [name for name, _ in expected]
-    return right and all(is_valid(name, arguments, turn.tools or []) for name, arguments in made)
+    made = tool_calls(engine.tokenizer.decode(tokens))
+    right = [call.name for call in made] == [call.name for call in tool_calls(turn.expected)]
+    return right and all(is_valid(call.name, call.arguments, turn.tools or []) for call in made)
 
 
 def text_perplexity(model: Transformer, text: npt.NDArray[np.uint16]) -> float:
@@ -187,7 +172,7 @@ def largest_logits(model: Transformer, rows: list[Row]) -> list[float]:
     largest = [0.0] * len(model.layers)
     for row in rows:
         ids, positions, documents, _ = (torch.from_numpy(part)[None] for part in row)
-        model(ids, positions, documents, sampled_rows=1)
+        model(ids, positions, documents, measure=True)
         found = [float(layer.self_attn.max_logits.max()) for layer in model.layers]
         largest = [max(pair) for pair in zip(largest, found, strict=True)]
     return largest

@@ -22,14 +22,13 @@ TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json", "chat_template.jin
 def checkpoint_weights(model: Transformer) -> dict[str, Tensor]:
     """Float32 weights under the checkpoint's names."""
     weights: dict[str, Tensor] = {}
-    width = model.c.moe_intermediate_size
     for name, value in model.state_dict().items():
         value = value.float()
         if name.endswith("mlp.gate_up_proj"):
             for expert, matrix in enumerate(value):
                 at = f"model.{name.removesuffix('.gate_up_proj')}.experts.{expert}"
-                weights[f"{at}.gate_proj.weight"] = matrix[:width].clone()
-                weights[f"{at}.up_proj.weight"] = matrix[width:].clone()
+                weights[f"{at}.gate_proj.weight"] = matrix[0].clone()
+                weights[f"{at}.up_proj.weight"] = matrix[1].clone()
         elif name.endswith("mlp.down_proj"):
             for expert, matrix in enumerate(value):
                 at = f"model.{name.removesuffix('.down_proj')}.experts.{expert}"
@@ -59,10 +58,7 @@ def round_like_export(model: Transformer) -> None:
     fp8 = format_named(FP8_NAME)
     for name, parameter in model.named_parameters():
         if "_proj" in name:
-            stack = parameter.view(-1, *parameter.shape[-2:])
-            # gate and up are two tensors on disk, each with blocks of its own
-            halves = stack.view(-1, stack.shape[1] // 2, stack.shape[2]) if "gate_up" in name else stack
-            for matrix in halves:
+            for matrix in parameter.view(-1, *parameter.shape[-2:]):
                 matrix.copy_(fp8.dequantize(fp8.quantize(matrix.contiguous()), tuple(matrix.shape)))
         else:
             parameter.copy_(parameter.to(torch.bfloat16))

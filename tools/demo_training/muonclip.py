@@ -19,19 +19,29 @@ UPDATE_RMS = 0.2  # AdamW's usual update RMS, so its learning rates carry over
 
 
 def orthogonalize(update: Tensor) -> Tensor:
-    """Newton-Schulz towards the nearest semi-orthogonal matrix, for [..., n, m], in bfloat16."""
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, for [..., n, m].
+
+    An iteration is x <- (a + b s + c s s) x with s = x x^T. The factors are polynomials of the first s, so they commute
+    and are multiplied up on the small side; x itself is multiplied once, at the end. In float32, because s squares the
+    spread of the singular values."""
     a, b, c = NEWTON_SCHULZ
     tall = update.shape[-2] > update.shape[-1]
-    x = update.mT if tall else update
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(torch.bfloat16)
-    for _ in range(STEPS):
-        square = x @ x.mT
-        x = a * x + (b * square + c * (square @ square)) @ x
-    return (x.mT if tall else x).to(update.dtype)
+    x = update.reshape(-1, *update.shape[-2:])
+    x = x.mT.contiguous() if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    square = x @ x.mT
+    product = identity = torch.eye(x.shape[-2]).expand_as(square)
+    for step in range(STEPS):
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c) + a * identity
+        product = factor @ product if step else factor
+        if step < STEPS - 1:
+            square = factor @ square @ factor
+    x = product @ x
+    return (x.mT if tall else x).reshape(update.shape)
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices [n, m] and stacks of them [E, n, m]: momentum (Nesterov), orthogonalized, RMS-matched, decoupled
+    """For matrices [n, m] and stacks of them [..., n, m]: momentum (Nesterov), orthogonalized, RMS-matched, decoupled
     weight decay."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
@@ -59,7 +69,7 @@ def qk_clip(attention: Attention, threshold: float) -> int:
     A head's logit shrinks by gamma = threshold / largest: the no-position parts of query and key by sqrt(gamma) each,
     the rotary query by gamma; the rotary key is shared by all heads and stays."""
     if attention.max_logits is None:
-        raise ValueError("qk_clip needs the logits of a forward pass with sampled_rows > 0")
+        raise ValueError("qk_clip needs the logits of a forward pass that measures them")
     c = attention.c
     gamma = (threshold / attention.max_logits.clamp(min=1e-12)).clamp(max=1.0)
     clipped = int((gamma < 1).sum())

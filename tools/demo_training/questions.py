@@ -1,5 +1,5 @@
-"""Questions with checkable answers: small arithmetic, look-up in a given text, sorting, dates, units, and a few words
-of greeting."""
+"""Questions with checkable answers: sums and differences, look-up in a given text, sorting, dates, units, and a few
+words of greeting."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from . import words
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 UNITS = (
-    ("hours", "minutes", 60),
-    ("minutes", "seconds", 60),
-    ("weeks", "days", 7),
-    ("days", "hours", 24),
-    ("feet", "inches", 12),
-    ("years", "months", 12),
+    ("decades", "years", 10),
+    ("centimeters", "millimeters", 10),
+    ("centuries", "years", 100),
     ("meters", "centimeters", 100),
+    ("dollars", "cents", 100),
+    ("kilometers", "meters", 1000),
     ("kilograms", "grams", 1000),
+    ("seconds", "milliseconds", 1000),
 )
 THINGS = "apples pears coins books keys cups stones cards plates shells pens eggs".split()
 GREETINGS = (
@@ -46,14 +46,27 @@ def question(rng: random.Random, *, held_out: bool, kind: str | None = None) -> 
 
 
 def _arithmetic(rng: random.Random, held_out: bool) -> tuple[str, str]:
-    operation = rng.choice(("plus", "plus", "minus", "times"))
-    a, b = words.pair(rng, operation, 1, 12 if operation == "times" else 50, held_out=held_out)
-    if operation == "minus":
-        a, b = max(a, b), min(a, b)
-    value = {"plus": a + b, "minus": a - b, "times": a * b}[operation]
-    sign = {"plus": "+", "minus": "-", "times": "*"}[operation]
+    """Sums and differences of numbers below 50, worked out column by column as on paper."""
+    operation = rng.choice(("plus", "minus"))
+    while True:
+        a, b = words.pair(rng, operation, 1, 49, held_out=held_out)
+        if operation == "plus" or a >= b:
+            break
+    sign = "+" if operation == "plus" else "-"
     form = rng.choice((f"What is {a} {operation} {b}?", f"What is {a} {sign} {b}?", f"{a} {sign} {b} ="))
-    return form, str(value)
+    return form, (added if operation == "plus" else subtracted)(a, b)
+
+
+def added(a: int, b: int) -> str:
+    ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+    tens = f"{a // 10} + {b // 10}{' + 1' if carry else ''} = {a // 10 + b // 10 + carry}"
+    return f"{a % 10} + {b % 10} = {ones}, {tens}, so {a + b}."
+
+
+def subtracted(a: int, b: int) -> str:
+    borrowed = a % 10 < b % 10
+    upper, tens = a % 10 + 10 * borrowed, a // 10 - borrowed
+    return f"{upper} - {b % 10} = {upper - b % 10}, {tens} - {b // 10} = {tens - b // 10}, so {a - b}."
 
 
 def _lookup(rng: random.Random, held_out: bool) -> tuple[str, str]:
@@ -69,13 +82,14 @@ def _lookup(rng: random.Random, held_out: bool) -> tuple[str, str]:
 
 def _sorting(rng: random.Random, held_out: bool) -> tuple[str, str]:
     while True:
-        numbers = rng.sample(range(1, 100), rng.randint(2, 5))
+        numbers = rng.sample(range(1, 100), rng.randint(2, 4))
         if words.is_held_out(f"sort:{numbers}", 0.1) == held_out:
             break
     return f"Sort these numbers: {', '.join(map(str, numbers))}", ", ".join(map(str, sorted(numbers)))
 
 
 def _dates(rng: random.Random, held_out: bool) -> tuple[str, str]:
+    """Counted one by one, the last one being the answer."""
     while True:
         days = rng.random() < 0.6
         names = DAYS if days else MONTHS
@@ -83,16 +97,17 @@ def _dates(rng: random.Random, held_out: bool) -> tuple[str, str]:
         if words.is_held_out(f"date:{names[place]},{steps}", 0.1) == held_out:
             break
     unit = ("day" if days else "month") + ("s" if steps > 1 else "")
-    return f"What comes {steps} {unit} after {names[place]}?", names[(place + steps) % len(names)]
+    counted = [f"{step} {names[(place + step) % len(names)]}" for step in range(1, steps + 1)]
+    return f"What comes {steps} {unit} after {names[place]}?", ", ".join(counted) + "."
 
 
 def _units(rng: random.Random, held_out: bool) -> tuple[str, str]:
     while True:
         large, small, factor = rng.choice(UNITS)
-        count = rng.randint(2, 12)
+        count = rng.randint(2, 99)
         if words.is_held_out(f"unit:{large},{count}", 0.1) == held_out:
             break
-    return f"How many {small} are {count} {large}?", str(count * factor)
+    return f"How many {small} are {count} {large}?", f"{count * factor} {small}."
 
 
 def _greeting(rng: random.Random, held_out: bool) -> tuple[str, str]:  # noqa: ARG001

@@ -36,9 +36,9 @@ class Settings:
     adam_lr: float = 3e-3
     warmup_steps: int = 80
     decay_share: float = 0.35
-    balance_rate: float = 0.004
+    balance_rate: float = 0.002
+    balance_band: tuple[float, float] = (0.35, 2.5)
     clip_threshold: float = 30.0
-    sampled_rows: int = 1
     log_every: int = 10
     save_every: int = 100
     seed: int = 1
@@ -81,7 +81,7 @@ class Trainer:
         scale = schedule(self.step, settings)
         for optimizer, lr in ((self._muon, settings.lr), (self._adam, settings.adam_lr)):
             optimizer.param_groups[0]["lr"] = lr * scale
-        hidden = model(batch.ids, batch.positions, batch.documents, settings.sampled_rows)
+        hidden = model(batch.ids, batch.positions, batch.documents, measure=True)
         loss = weighted_loss(model, hidden, batch.targets, batch.weights)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         self._muon.step()
@@ -90,7 +90,7 @@ class Trainer:
         clipped = sum(qk_clip(layer.self_attn, settings.clip_threshold) for layer in model.layers)
         loads = [moe.load for moe in model.moes]
         for moe in model.moes:
-            moe.balance(moe.load, settings.balance_rate * scale)
+            moe.balance(moe.load, settings.balance_rate * scale, settings.balance_band)
         self.step += 1
         return {
             "step": self.step,

@@ -1,13 +1,15 @@
-"""Kimi-K2 for training: the same function as k2lite's runtime, written for autograd, in bfloat16 where it multiplies.
+"""Kimi-K2 for training: the same function as k2lite's runtime, written for autograd, in bfloat16 where it multiplies
+if the CPU has instructions for that, else in float32 (bfloat16 without them takes 1.5 times as long).
 
 Attention is the naive form over packed documents. Parameter names are the checkpoint's own. The routed experts of a
-layer are two stacked parameters, experts.gate_up_proj [E, 2 F, D] and experts.down_proj [E, D, F].
-Shapes: B rows, T positions, D hidden, H heads, E experts, K active, F expert width, N = B * T tokens.
+layer are two stacked parameters, experts.gate_up_proj [E, 2, F, D] and experts.down_proj [E, D, F].
+Shapes: B rows, T positions, D hidden, H heads, E experts, K active, F expert width, N = B * T tokens on end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 
 from k2lite.config import ModelConfig
 
-LOW = torch.bfloat16
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+LOW = torch.bfloat16 if HAS_BF16 else torch.float32
 
 
 class RMSNorm(nn.Module):
@@ -43,7 +46,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """MLA. `max_logits` [H], when asked for, holds each head's largest absolute pre-softmax logit in some rows."""
+    """MLA, document by document. `max_logits` [H], when asked for, holds each head's largest absolute pre-softmax
+    logit of the last forward pass."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -58,36 +62,42 @@ class Attention(nn.Module):
         self.o_proj = matrix(c.hidden_size, heads * c.v_head_dim, gain=(2 * c.num_hidden_layers) ** -0.5)
         self.max_logits: Tensor | None = None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, sampled_rows: int) -> Tensor:
-        q, k, v = self.queries_keys_values(x, cos, sin)
-        if sampled_rows:
-            self.max_logits = self.largest_logits(q[:sampled_rows], k[:sampled_rows], mask[:sampled_rows])
-        # the fused kernel wants one width for all three
-        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-        out = F.scaled_dot_product_attention(q, k, padded, attn_mask=mask[:, None], scale=self.c.softmax_scale)
-        out = out[..., : v.shape[-1]].transpose(1, 2).flatten(2)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], measure: bool) -> Tensor:
+        """x [N, D], its rotary tables [N, P / 2], the number of tokens of each document."""
+        documents = list(zip(*(part.split(lengths) for part in self.queries_keys_values(x, cos, sin)), strict=True))
+        if measure:
+            self.max_logits = self.largest_logits(documents)
+        out = torch.cat([self.attend(*(part.transpose(0, 1) for part in document)) for document in documents])
         result: Tensor = self.o_proj(out)
         return result
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[T, H * V] of one document's [H, T, nope + rope] twice and [H, T, V]."""
+        # the fused kernel wants one width for all three
+        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        out = F.scaled_dot_product_attention(q[None], k[None], padded[None], is_causal=True, scale=self.c.softmax_scale)
+        return out[0, ..., : v.shape[-1]].transpose(0, 1).flatten(1)
+
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, H, T, nope + rope] twice and [B, H, T, V]."""
-        c, (rows, tokens) = self.c, x.shape[:2]
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(rows, tokens, c.num_attention_heads, -1)
-        q_rope = rotate(q[..., c.qk_nope_head_dim :], cos[:, :, None], sin[:, :, None])
+        """[N, H, nope + rope] twice and [N, H, V]."""
+        c = self.c
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(len(x), c.num_attention_heads, -1)
+        q_rope = rotate(q[..., c.qk_nope_head_dim :], cos[:, None], sin[:, None])
         latent = self.kv_a_proj_with_mqa(x)
-        k_rope = rotate(latent[..., c.kv_lora_rank :], cos, sin)[:, :, None].expand(-1, -1, q.shape[2], -1)
+        k_rope = rotate(latent[..., c.kv_lora_rank :], cos, sin)[:, None].expand(-1, q.shape[1], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent[..., : c.kv_lora_rank]))
-        kv = kv.view(rows, tokens, c.num_attention_heads, -1)
+        kv = kv.view(len(x), c.num_attention_heads, -1)
         query = torch.cat((q[..., : c.qk_nope_head_dim], q_rope.to(q.dtype)), -1)
         key = torch.cat((kv[..., : c.qk_nope_head_dim], k_rope.to(kv.dtype)), -1)
-        value = kv[..., c.qk_nope_head_dim :]
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query, key, kv[..., c.qk_nope_head_dim :]
 
     @torch.no_grad()
-    def largest_logits(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-        scores = (q @ k.transpose(-1, -2)).masked_fill(~mask[:, None], 0)
-        largest = torch.maximum(scores.amax(dim=(0, 2, 3)), -scores.amin(dim=(0, 2, 3)))
-        return largest.float() * self.c.softmax_scale
+    def largest_logits(self, documents: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        largest = torch.zeros(self.c.num_attention_heads)
+        for q, k, _ in documents:
+            scores = torch.einsum("qhd,khd->hqk", q, k).float().tril_().abs_()
+            largest = torch.maximum(largest, scores.amax(dim=(1, 2)))
+        return largest * self.c.softmax_scale
 
 
 class Mlp(nn.Module):
@@ -102,9 +112,9 @@ class Mlp(nn.Module):
         return result
 
 
-# Rows of an expert are padded to a multiple of this: a matrix product of a shape that was not seen before costs
-# milliseconds to set up, and every step would bring a thousand of them.
-PAD_ROWS = 128
+# Rows of an expert are padded to a multiple of this: a bfloat16 product of a shape that was not seen before costs
+# milliseconds to set up, and every step would bring a thousand of them. float32 products need no set-up.
+PAD_ROWS = 128 if LOW is torch.bfloat16 else 8
 
 
 def sorted_places(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
@@ -141,8 +151,8 @@ class _RoutedExperts(torch.autograd.Function):
         tokens, active = ids.shape
         choice, row, spans = sorted_places(ids, len(gate_up))
         rows = with_zero_row(x)[choice // active]
-        gate_up_low, down_low = gate_up.to(LOW), down.to(LOW)
-        hidden = rows.new_empty(len(rows), gate_up.shape[1])
+        gate_up_low, down_low = gate_up.flatten(1, 2).to(LOW), down.to(LOW)
+        hidden = rows.new_empty(len(rows), gate_up_low.shape[1])
         for e, a, b in spans:
             torch.mm(rows[a:b], gate_up_low[e].T, out=hidden[a:b])
         gate, up = hidden.chunk(2, -1)
@@ -178,6 +188,7 @@ class _RoutedExperts(torch.autograd.Function):
             torch.mm(grad_hidden[a:b], gate_up[e], out=grad_rows[a:b])
             torch.mm(grad_hidden[a:b].T, rows[a:b], out=grad_gate_up[e])
         grad_x = grad_rows[row].view(tokens, active, -1).sum(1)
+        grad_gate_up = grad_gate_up.unflatten(1, (2, -1))
         return grad_x, grad_weights, None, grad_gate_up.float(), grad_down.float()
 
 
@@ -191,7 +202,7 @@ class Moe(nn.Module):
         self.router = matrix(experts, hidden)
         self.bias: Tensor
         self.register_buffer("bias", torch.zeros(experts))
-        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * width, hidden) * hidden**-0.5)
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2, width, hidden) * hidden**-0.5)
         gain = (2 * c.num_hidden_layers * c.num_experts_per_tok) ** -0.5
         self.down_proj = nn.Parameter(torch.randn(experts, hidden, width) * gain * width**-0.5)
         self.shared_experts = Mlp(c, width * c.n_shared_experts)
@@ -199,22 +210,23 @@ class Moe(nn.Module):
         self.ids = torch.zeros(0, c.num_experts_per_tok, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2)
         with torch.autocast("cpu", enabled=False):
-            scores = torch.sigmoid(F.linear(flat.float(), self.router.weight))
+            scores = torch.sigmoid(F.linear(x.float(), self.router.weight))
             ids = (scores.detach() + self.bias).topk(self.c.num_experts_per_tok, dim=-1).indices
             weights = scores.gather(-1, ids)
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.c.routed_scaling_factor
             self.ids = ids
             self.load = torch.bincount(ids.flatten(), minlength=len(self.bias)).float()
-            routed: Tensor = _RoutedExperts.apply(flat, weights, ids, self.gate_up_proj, self.down_proj)
-        result: Tensor = routed.view(x.shape) + self.shared_experts(x)
+            routed: Tensor = _RoutedExperts.apply(x, weights, ids, self.gate_up_proj, self.down_proj)
+        result: Tensor = routed + self.shared_experts(x)
         return result
 
     @torch.no_grad()
-    def balance(self, load: Tensor, rate: float) -> None:
-        """Auxiliary-loss-free balance (DeepSeek-V3, arXiv 2412.19437): over-loaded down, under-loaded up."""
-        self.bias += rate * torch.sign(load.mean() - load)
+    def balance(self, load: Tensor, rate: float, band: tuple[float, float]) -> None:
+        """Auxiliary-loss-free balance (DeepSeek-V3, arXiv 2412.19437): over-loaded down, under-loaded up. A load inside
+        `band`, in means, is left alone: experts may specialize, but none dies and none takes everything."""
+        share = load / load.mean()
+        self.bias += rate * ((share < band[0]).float() - (share > band[1]).float())
 
 
 class Layer(nn.Module):
@@ -225,10 +237,18 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = Moe(c) if c.is_moe(index) else Mlp(c, c.intermediate_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, sampled_rows: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, sampled_rows)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], measure: bool) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, lengths, measure)
         result: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return result
+
+
+def document_lengths(documents: Tensor) -> list[int]:
+    """Tokens of each run of one number, in rows [B, T] on end; a row's end ends its last run."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    places = begins.flatten().nonzero().flatten().tolist()
+    return [end - begin for begin, end in pairwise([*places, documents.numel()])]
 
 
 class Transformer(nn.Module):
@@ -246,17 +266,17 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, ids: Tensor, positions: Tensor, documents: Tensor, sampled_rows: int = 0) -> Tensor:
-        """Hidden states [B, T, D] of ids int64 [B, T]. A token sees its own document's tokens up to itself."""
-        tokens = ids.shape[1]
-        causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
-        mask = (documents[:, :, None] == documents[:, None, :]) & causal
-        cos, sin = self.cos[positions], self.sin[positions]
-        x = self.embed_tokens(ids)
-        with torch.autocast("cpu", dtype=LOW):
+    def forward(self, ids: Tensor, positions: Tensor, documents: Tensor, measure: bool = False) -> Tensor:
+        """Hidden states [B, T, D] of ids int64 [B, T]. A token sees its own document's tokens up to itself; a document
+        is a run of one number in a row of `documents`. `measure` keeps each head's largest logit."""
+        flat = positions.flatten()
+        cos, sin = self.cos[flat], self.sin[flat]
+        lengths = document_lengths(documents)
+        x = self.embed_tokens(ids.flatten())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=LOW is torch.bfloat16):
             for layer in self.layers:
-                x = layer(x, cos, sin, mask, sampled_rows)
-            result: Tensor = self.norm(x)
+                x = layer(x, cos, sin, lengths, measure)
+            result: Tensor = self.norm(x).view(*ids.shape, -1)
         return result
 
     def head(self, hidden: Tensor) -> Tensor:

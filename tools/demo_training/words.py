@@ -30,6 +30,8 @@ ENUM_PARAMETERS = {
     "priority": "low high urgent medium".split(),
 }
 BOOLEAN_PARAMETERS = "private notify repeat public".split()
+PARAMETERS = [*STRING_PARAMETERS, *INTEGER_PARAMETERS, *ENUM_PARAMETERS, *BOOLEAN_PARAMETERS]
+ENUM_VALUES = [value for values in ENUM_PARAMETERS.values() for value in values]
 RESULT_FIELDS = "status code total score result rating number place owner level".split()
 _STARTS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
 _VOWELS = "a e i o u ai ea oo".split()
