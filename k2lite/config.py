@@ -22,6 +22,8 @@ from .rope import RopeConfig
 MODEL_TYPES = ("kimi_k2", "kimi_k25", "deepseek_v3")
 # Hugging Face's own norms of the two latents ignore rms_norm_eps and take the library's default.
 DEFAULT_LATENT_NORM_EPS = 1e-6
+# Names are made for each layer and expert before a weight file is looked at; K3 has 93 and 896.
+MAX_LAYERS, MAX_EXPERTS = 1000, 4096
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,17 @@ def parse_config(raw: Mapping[str, Any], source: Path, *, latent_norm_eps: float
     if model_type == "kimi_k25":
         text.choice("model_type", ("kimi_k2", "deepseek_v3"), default="kimi_k2")
     _refuse_unsupported(text)
-    if latent_norm_eps is not None and not latent_norm_eps > 0:
-        raise ConfigError(f"latent_norm_eps is {latent_norm_eps}; it must be greater than 0")
+    if latent_norm_eps is not None and not 0 < latent_norm_eps < float("inf"):
+        raise ConfigError(f"latent_norm_eps is {latent_norm_eps}; it must be a number greater than 0")
 
     heads = text.integer("num_attention_heads")
     text.exactly("num_key_value_heads", heads, why="MLA has one latent for all heads")
-    layers = text.integer("num_hidden_layers")
-    experts = text.integer("n_routed_experts")
+    layers = text.integer("num_hidden_layers", at_most=MAX_LAYERS)
+    experts = text.integer("n_routed_experts", at_most=MAX_EXPERTS)
     groups = text.integer("n_group", default=1)
     nope, rotary = text.integer("qk_nope_head_dim"), text.integer("qk_rope_head_dim")
-    text.known("qk_head_dim", "head_dim")
+    text.exactly("qk_head_dim", nope + rotary, why="it is qk_nope_head_dim + qk_rope_head_dim")
+    text.exactly("head_dim", rotary, why="it is what rotates: qk_rope_head_dim")
     max_position = text.integer("max_position_embeddings")
     config = ModelConfig(
         model_type=model_type,
@@ -137,7 +140,7 @@ def parse_config(raw: Mapping[str, Any], source: Path, *, latent_norm_eps: float
         max_position_embeddings=max_position,
         bos_token_id=text.optional_integer("bos_token_id"),
         eos_token_ids=tuple(dict.fromkeys((*text.integers("eos_token_id"), *outer.integers("eos_token_id")))),
-        num_nextn_predict_layers=text.integer("num_nextn_predict_layers", default=0, at_least=0),
+        num_nextn_predict_layers=text.integer("num_nextn_predict_layers", default=0, at_least=0, at_most=MAX_LAYERS),
         quantization_config=_quantization(outer, text),
         unknown_keys=_unknown_keys(outer, text),
         source=source,

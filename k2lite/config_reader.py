@@ -5,13 +5,13 @@ Remembers which keys were asked for, so that the rest can be listed as unknown. 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from k2lite.quant.errors import ConfigError
+from k2lite.quant.file_reading import is_file, is_name, read_json_object, shown
 
 Value = TypeVar("Value")
 _MISSING: Any = object()
@@ -38,7 +38,7 @@ class KeyReader:
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         value = self._get(key, None)
         if value is not None and not isinstance(value, dict):
-            raise self._error(key, f"is {value!r:.80}", "expected an object")
+            raise self._error(key, f"is {shown(value)}", "expected an object")
         return value
 
     def integer(self, key: str, *, default: int = _MISSING, at_least: int = 1, at_most: int = 1 << 40) -> int:
@@ -46,7 +46,7 @@ class KeyReader:
         # bool is an int in Python, and never a size
         if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value <= at_most:
             bounds = f"from {at_least} to {at_most}" if at_most < 1 << 40 else f"of {at_least} or more"
-            raise self._error(key, f"is {value!r:.80}", f"supported: an integer {bounds}")
+            raise self._error(key, f"is {shown(value)}", f"supported: an integer {bounds}")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -57,20 +57,21 @@ class KeyReader:
         value = self._get(key, None)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
-            raise self._error(key, f"is {value!r:.80}", "supported: an integer of 0 or more, or a list of them")
+            raise self._error(key, f"is {shown(value)}", "supported: an integer of 0 or more, or a list of them")
         return tuple(items)
 
     def number(self, key: str, *, default: float = _MISSING, positive: bool = True) -> float:
         value = self._required(key, default)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or (positive and not value > 0):
-            raise self._error(key, f"is {value!r:.80}", "supported: a number" + (" greater than 0" if positive else ""))
+        if not _is_number(value) or (positive and not value > 0):
+            raise self._error(
+                key, f"is {shown(value)}", "supported: a number" + (" greater than 0" if positive else "")
+            )
         return float(value)
 
     def boolean(self, key: str, *, default: bool = _MISSING) -> bool:
         value = self._required(key, default)
         if not isinstance(value, bool):
-            raise self._error(key, f"is {value!r:.80}", "supported: true, false")
+            raise self._error(key, f"is {shown(value)}", "supported: true, false")
         return value
 
     def choice(self, key: str, supported: tuple[Value, ...], *, default: Value = _MISSING) -> Value:
@@ -78,18 +79,18 @@ class KeyReader:
         for candidate in supported:
             if type(value) is type(candidate) and value == candidate:
                 return candidate
-        raise self._error(key, f"is {value!r:.80}", f"supported: {', '.join(map(repr, supported))}")
+        raise self._error(key, f"is {shown(value)}", f"supported: {', '.join(map(repr, supported))}")
 
     def exactly(self, key: str, value: int, *, why: str) -> None:
         found = self._get(key, value)
-        if found != value:
-            raise self._error(key, f"is {found!r:.80}", f"supported: {value}, since {why}")
+        if type(found) is not int or found != value:
+            raise self._error(key, f"is {shown(found)}", f"supported: {value}, since {why}")
 
     def absent(self, *keys: str) -> None:
         """Keys that name a mechanism this code does not have; null and false mean the mechanism is off."""
         for key in keys:
             if self._get(key, None) not in (None, False):
-                raise self._error(key, f"is {self._raw[key]!r:.80}", "supported: absent or null")
+                raise self._error(key, f"is {shown(self._raw[key])}", "supported: absent or null")
 
     def known(self, *keys: str) -> None:
         """Mark keys as known and without effect here."""
@@ -97,7 +98,7 @@ class KeyReader:
 
     def unread(self) -> tuple[str, ...]:
         """Names of keys that nobody asked for, here and in the sections that were opened."""
-        here = [self._name(key) for key in self._raw if key not in self._read]
+        here = [self._name(key if is_name(key) else shown(key)) for key in self._raw if key not in self._read]
         return (*here, *(name for section in self._sections.values() for name in section.unread()))
 
     def given(self, keys: Iterable[str]) -> bool:
@@ -120,14 +121,16 @@ class KeyReader:
         return ConfigError(f"{self.path}: {self._name(key)} {found}; {supported}")
 
 
+def _is_number(value: object) -> bool:
+    """A finite number, as float64 holds it; JSON's true is none, and Python reads integers of any size."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def read_object(path: Path) -> Mapping[str, Any]:
     """The JSON object in a file, or ConfigError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: not found; a model folder holds config.json beside its weights") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
-        raise ConfigError(f"{path}: can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    if not is_file(path):
+        raise ConfigError(f"{path}: not found; a model folder holds config.json beside its weights")
+    return read_json_object(path, ConfigError)

@@ -82,8 +82,16 @@ DEMO_CONFIG: dict[str, Any] = {
 
 def write_demo(folder: Path, *, seed: int = 0) -> None:
     """Write the folder, complete or not at all. Refuses a name that exists, unless it is an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"{folder}: exists already; name a new folder")
+    try:
+        # the last test: "." and ".." have no name beside which to write
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.name in ("", "..")):
+            raise RequestError(f"{folder}: exists already; name a new folder")
+        _write_whole(folder, seed)
+    except OSError as error:
+        raise RequestError(f"{folder}: can't be written: {error.strerror or error}") from error
+
+
+def _write_whole(folder: Path, seed: int) -> None:
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:

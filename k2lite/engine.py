@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence as Ids
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -122,17 +123,21 @@ class Engine:
             start = rows[-1].stop if rows else 0
             rows.append(BatchRow(start, start + len(chunk.ids), chunk.sequence.cache))
         hidden = self._model.hidden_states(ids, rows)
-        for chunk in chunks:
-            chunk.sequence.ids.extend(chunk.ids)
         first = {"last": lambda row: row.stop - 1, "all": lambda row: row.start, "none": lambda row: row.stop}
-        return [
+        logits = [
             self._model.logits(hidden[first[chunk.logits](row) : row.stop])
             for chunk, row in zip(chunks, rows, strict=True)
         ]
+        for chunk, row in zip(chunks, rows, strict=True):
+            row.cache.advance(row.tokens)
+            chunk.sequence.ids.extend(chunk.ids)
+        return logits
 
     def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> torch.Tensor:
         """Take a prompt into a sequence in chunks; float32 logits [vocab] of its last token."""
-        self._check_room(sequence, len(ids))
+        self._check_chunk(Chunk(sequence, ids))
+        if chunk_tokens < 1:
+            raise RequestError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
         began = time.perf_counter()
         for at in range(0, len(ids), chunk_tokens):
             part = ids[at : at + chunk_tokens]
@@ -144,7 +149,7 @@ class Engine:
 
     def logits(self, ids: Ids[int]) -> torch.Tensor:
         """float32 [T, vocab] for a list of T token ids, from an empty context."""
-        if not ids:
+        if not len(ids):
             raise RequestError("the list of token ids is empty")
         with self.open(len(ids)) as sequence:
             return self.step([Chunk(sequence, ids, "all")])[0]
@@ -166,6 +171,7 @@ class Engine:
         Errors about the request are raised by this call, before any work. Closing the iterator frees its cache."""
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         wanted = self.check_request(len(ids), max_tokens)
+        self.check_ids(ids)
         sequence = self.open(len(ids) + wanted)
         return self._generate(sequence, list(ids), wanted, params, self.stop_ids if stop_ids is None else stop_ids)
 
@@ -185,6 +191,15 @@ class Engine:
                 f"{context}: shorten the prompt, ask for fewer tokens, or raise the context"
             )
         return wanted
+
+    def check_ids(self, ids: Ids[int]) -> None:
+        """Raise RequestError for the first id that is no token of this model."""
+        vocab = self.config.vocab_size
+        for token in ids:
+            if not isinstance(token, Integral):
+                raise RequestError(f"token id {token!r} is not an integer")
+            if not 0 <= token < vocab:
+                raise RequestError(f"token id {token} is outside the vocabulary of {vocab}")
 
     def _generate(
         self, sequence: Sequence, ids: Ids[int], max_tokens: int, params: SamplingParams, stop_ids: frozenset[int]
@@ -212,18 +227,15 @@ class Engine:
     def _check(self, chunks: Ids[Chunk]) -> None:
         if len({id(chunk.sequence) for chunk in chunks}) != len(chunks):
             raise ValueError("a sequence has two chunks in one step")
-        vocab = self.config.vocab_size
         for chunk in chunks:
-            if not chunk.ids:
-                raise RequestError("a chunk without tokens")
-            self._check_room(chunk.sequence, len(chunk.ids))
-            bad = next((token for token in chunk.ids if not 0 <= token < vocab), None)
-            if bad is not None:
-                raise RequestError(f"token id {bad} is outside the vocabulary of {vocab}")
+            self._check_chunk(chunk)
 
-    def _check_room(self, sequence: Sequence, tokens: int) -> None:
-        if len(sequence.ids) + tokens > sequence.max_tokens:
+    def _check_chunk(self, chunk: Chunk) -> None:
+        held, new, room = len(chunk.sequence.ids), len(chunk.ids), chunk.sequence.max_tokens
+        if not new:
+            raise RequestError("a chunk without tokens")
+        if held + new > room:
             raise ContextLengthError(
-                f"{len(sequence.ids)} tokens are in the sequence and {tokens} more are asked for; it has room for "
-                f"{sequence.max_tokens}"
+                f"{held} tokens are in the sequence and {new} more are asked for; it has room for {room}"
             )
+        self.check_ids(chunk.ids)

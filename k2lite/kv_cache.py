@@ -25,7 +25,7 @@ class LatentCache:
 
     def write(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Put new rows [n, latent] behind the final ones and return the layer's cache with them, [length + n, latent].
-        They become final by `advance`, once every layer has written."""
+        They become final by `advance`, once the whole step has succeeded."""
         end = self.length + len(rows)
         self._rows[layer, self.length : end] = rows
         return self._rows[layer, :end]

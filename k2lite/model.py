@@ -32,13 +32,12 @@ class Model:
         self._rule = routing_rule(config)
 
     def hidden_states(self, ids: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
-        """Final hidden states float32 [T, D] of token ids int64 [T]; the caches in `rows` get the tokens' latents."""
+        """Final hidden states float32 [T, D] of token ids int64 [T]. The caches in `rows` hold the tokens' latents
+        afterwards; they become part of the sequences by `advance`, which is the caller's."""
         rotation = Rotation(self.config, rows, self._backend.device)
         x = self._backend.embed(ids.to(self._backend.device), self._trunk.embed_tokens)
         for index, layer in enumerate(self._trunk.layers):
             x = self._layer(x, layer, index, rows, rotation)
-        for row in rows:
-            row.cache.advance(row.tokens)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from .config_reader import KeyReader
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """The yarn block. Defaults for absent keys are Hugging Face's."""
+    """The yarn block. Defaults for absent keys are those of DeepSeek's code and of Hugging Face's."""
 
     factor: float
     original_max_position_embeddings: int
@@ -44,17 +44,18 @@ class RopeConfig:
         """Read either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5)."""
         if dim % 2:
             raise ConfigError(f"{text.path}: qk_rope_head_dim is {dim}; supported: even numbers (pairs are rotated)")
-        old = text.mapping("rope_scaling")
-        new = text.mapping("rope_parameters")
-        if old is not None and new is not None and _yarn(text, "rope_scaling") != _yarn(text, "rope_parameters"):
+        _whole_rotation(text)
+        blocks = [text.section(key) for key in ("rope_scaling", "rope_parameters") if text.mapping(key) is not None]
+        yarns = {_yarn(block) for block in blocks} or {None}
+        thetas = {place.number("rope_theta") for place in (text, *blocks) if place.given(["rope_theta"])}
+        if len(yarns) > 1:
             raise ConfigError(f"{text.path}: rope_scaling and rope_parameters are both given and differ; keep one")
-        if new is None:
-            return cls(dim, text.number("rope_theta"), None if old is None else _yarn(text, "rope_scaling"))
-        inner = text.section("rope_parameters")
-        theta = inner.number("rope_theta") if inner.given(["rope_theta"]) else text.number("rope_theta")
-        if text.given(["rope_theta"]) and text.number("rope_theta") != theta:
-            raise ConfigError(f"{text.path}: rope_theta and rope_parameters.rope_theta are both given and differ")
-        return cls(dim, theta, _yarn(text, "rope_parameters"))
+        if len(thetas) > 1:
+            raise ConfigError(f"{text.path}: rope_theta is given in two places, and the two differ; keep one")
+        theta = thetas.pop() if thetas else text.number("rope_theta")
+        if theta <= 1:
+            raise ConfigError(f"{text.path}: rope_theta is {theta}; supported: a number greater than 1")
+        return cls(dim, theta, yarns.pop())
 
     @property
     def softmax_mscale(self) -> float:
@@ -100,8 +101,15 @@ class RopeConfig:
         return (angles.cos() * scale).to(torch.float32), (angles.sin() * scale).to(torch.float32)
 
 
-def _yarn(text: KeyReader, key: str) -> YarnConfig | None:
-    block = text.section(key)
+def _whole_rotation(reader: KeyReader) -> None:
+    """qk_rope_head_dim is what rotates, all of it."""
+    share = reader.number("partial_rotary_factor", default=1.0)
+    if share != 1:
+        raise ConfigError(f"{reader.path}: partial_rotary_factor is {share}; supported: 1")
+
+
+def _yarn(block: KeyReader) -> YarnConfig | None:
+    _whole_rotation(block)
     kinds = ("yarn", "default")
     kind_key = "rope_type" if block.given(["rope_type"]) else "type"
     kind = block.choice(kind_key, kinds, default="default")
@@ -111,13 +119,17 @@ def _yarn(text: KeyReader, key: str) -> YarnConfig | None:
         return None
     block.absent("attention_factor")
     block.choice("truncate", (True,), default=True)
+    mscale, mscale_all_dim = 1.0, 0.0
+    # one alone is refused: DeepSeek's code, vLLM and SGLang take another value for the other than Hugging Face's does
+    if block.given(["mscale", "mscale_all_dim"]):
+        mscale, mscale_all_dim = block.number("mscale"), block.number("mscale_all_dim")
     return YarnConfig(
         factor=block.number("factor"),
         original_max_position_embeddings=block.integer("original_max_position_embeddings"),
         beta_fast=block.number("beta_fast", default=32.0),
         beta_slow=block.number("beta_slow", default=1.0),
-        mscale=block.number("mscale", default=1.0, positive=False),
-        mscale_all_dim=block.number("mscale_all_dim", default=0.0, positive=False),
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
     )
 
 

@@ -73,7 +73,9 @@ def sample(logits: torch.Tensor, params: SamplingParams, position: int, mask: to
 
 def _draw(logits: npt.NDArray[np.float64], params: SamplingParams, position: int) -> int:
     order = np.argsort(-logits, kind="stable")
-    probabilities = np.exp(_log_softmax(logits[order] / params.temperature))
+    with np.errstate(over="ignore"):  # a temperature near 0 may make -inf of a difference, which is right
+        scaled = (logits[order] - logits[order[0]]) / params.temperature
+    probabilities = np.exp(_log_softmax(scaled))
     keep = len(order) if params.top_k == 0 else min(params.top_k, len(order))
     # top-p keeps the token that crosses the threshold, so at least one stays
     before = np.cumsum(probabilities) - probabilities

@@ -58,6 +58,7 @@ class Session:
     ) -> Answer:
         """Go on from the prompt `ids` (the whole conversation, not the news). Raises before any work is done."""
         wanted = self.engine.check_request(len(ids), max_tokens)
+        self.engine.check_ids(ids)
         sequence = self._reuse(ids)
         rest = ids[len(sequence.ids) :]
         tokens = self.engine.continue_sequence(sequence, rest, wanted, params, self.engine.stop_ids)

@@ -54,6 +54,8 @@ class _ResidentLease(Lease):
         self._released = False
 
     def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:
+        if self._released:
+            raise RuntimeError("a lease was used after its release")
         here = {key: self._source.resident(key) for key in self._keys}
         resident = {key.expert: weights for key, weights in here.items() if weights is not None}
         if resident:

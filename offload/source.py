@@ -2,7 +2,7 @@
 
 The contract of a lease, each sentence a test:
 * A lease is a context manager and is released exactly once, at the end of its block.
-* The views it hands out are valid until then.
+* The views it hands out are valid until then; asking it for more afterwards is a programmer's error (RuntimeError).
 * `ready` yields every expert asked for exactly once, resident ones first.
 * A failed read raises in the thread that leases, naming file and expert.
 * Each expert asked for is counted once.

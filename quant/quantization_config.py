@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .file_reading import shown
 from .formats import FP8_NAME, INT4_NAMES
 
 
@@ -64,7 +65,7 @@ def parse_quantization_config(raw: Mapping[str, Any] | None, source: Path) -> Qu
     if raw is None:
         return None
     if not isinstance(raw, Mapping):
-        raise ConfigError(f"{source}: quantization_config is {raw!r:.100}, expected an object")
+        raise ConfigError(f"{source}: quantization_config is {shown(raw)}, expected an object")
     method = raw.get("quant_method")
     if method == "fp8":
         return _fp8(raw, source)
@@ -138,4 +139,4 @@ def _demand(raw: Mapping[str, Any], source: Path, at: str, key: str, supported: 
 
 
 def _unsupported(source: Path, key: str, value: Any, supported: str) -> ConfigError:
-    return ConfigError(f"{source}: quantization_config.{key} is {value!r:.100}; supported: {supported}")
+    return ConfigError(f"{source}: quantization_config.{key} is {shown(value)}; supported: {supported}")

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import CheckpointError
-from .file_reading import MAX_JSON_BYTES, is_name, parse_json_object, shown
+from .file_reading import is_file, is_name, read_json_object, shown
 from .safetensors_file import TensorRecord, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -45,10 +45,12 @@ def read_shards(folder: Path) -> ShardSet:
     """Read the index and every header; a damaged or missing shard is a problem, an unusable index an error."""
     index = folder / INDEX_NAME
     found = ShardSet()
-    if not index.is_file():
-        _read_shard(found, _single_file(folder))
+    if not is_file(index):
+        single = _single_file(folder)
+        _read_shard(found, single)
+        found.notes += _left_aside(folder, {single}, f"{single.name} is taken, and there is no {INDEX_NAME}")
         return found
-    content = _read_index(index)
+    content = read_json_object(index)
     weight_map = _weight_map(index, content)
     unreadable = set()
     for name, count in Counter(weight_map.values()).items():
@@ -57,6 +59,8 @@ def read_shards(folder: Path) -> ShardSet:
     found.reported.update(tensor for tensor, file in weight_map.items() if file in unreadable)
     found.problems += _disagreements(folder, weight_map, found)
     found.notes += _total_size(index, content, found, complete=not unreadable)
+    named = {folder / name for name in set(weight_map.values())}
+    found.notes += _left_aside(folder, named, f"{INDEX_NAME} does not name it")
     return found
 
 
@@ -66,17 +70,6 @@ def _single_file(folder: Path) -> Path:
         what = f"{len(files)} .safetensors files" if files else "no .safetensors file"
         raise CheckpointError(f"{folder}: found {what} and no {INDEX_NAME}; download the missing files again")
     return folder / SINGLE_NAME if len(files) != 1 else files[0]
-
-
-def _read_index(index: Path) -> dict[str, Any]:
-    try:
-        with index.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{index}: can't be read: {error.strerror or error}") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{index}: found more than {MAX_JSON_BYTES} bytes, expected fewer; download it again")
-    return parse_json_object(text, str(index))
 
 
 def _weight_map(index: Path, content: dict[str, Any]) -> dict[str, str]:
@@ -101,7 +94,7 @@ def _stays_inside(file: str) -> bool:
 
 def _read_shard(found: ShardSet, path: Path, held: str = "") -> bool:
     """Add a shard's tensors; False if there is no telling what it holds."""
-    if not path.is_file():
+    if not is_file(path):
         found.problems.append(f"{path}: shard is missing{held}; download it again")
         return False
     found.shards.append(Shard(path, path.stat().st_size))
@@ -130,6 +123,13 @@ def _disagreements(folder: Path, weight_map: dict[str, str], found: ShardSet) ->
     for tensor, (path, _) in found.tensors.items():
         if tensor not in weight_map:
             yield f"{path}: tensor {tensor} lies here and is not in the index"
+
+
+def _left_aside(folder: Path, used: set[Path], reason: str) -> Iterator[str]:
+    """Other readers take every file of a folder; this one does not, and says so."""
+    for path in sorted(folder.glob("*.safetensors")):
+        if path not in used:
+            yield f"{path}: not read, since {reason}"
 
 
 def _total_size(index: Path, content: dict[str, Any], found: ShardSet, *, complete: bool) -> Iterator[str]:

@@ -11,7 +11,17 @@ import k2lite
 from k2lite.backends.base import Memory
 from k2lite.backends.reference import ReferenceBackend
 from k2lite.engine import Chunk
-from k2lite.errors import BackendError, CheckpointError, ContextLengthError, MemoryPlanError, RequestError
+from k2lite.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    MemoryPlanError,
+    RequestError,
+)
+from k2lite.generation_config import read_generation_config
+from k2lite.kv_cache import LatentCache
+from k2lite.session import Session
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -76,8 +86,51 @@ def test_what_does_not_fit_the_context_is_refused_before_any_work(engine: k2lite
     with pytest.raises(RequestError, match="token id 160 is outside the vocabulary of 160"):
         engine.logits([0, 160])
     with pytest.raises(RequestError, match="token id -1"):
-        list(engine.generate([-1], max_tokens=1))
+        engine.generate([-1], max_tokens=1)
+    with pytest.raises(RequestError, match="empty"):
+        engine.logits([])
+    with pytest.raises(RequestError, match=r"token id 1\.5 is not an integer"):
+        engine.logits([1.5])  # type: ignore[list-item]
     assert engine.counters.prefill_tokens == before
+
+
+def test_a_prompt_is_checked_whole_before_its_first_chunk(engine: k2lite.Engine) -> None:
+    before = engine.experts.counters.requested_experts
+    for ids, error, message in (
+        ([1, 2, 3, 999], RequestError, "token id 999"),
+        ([1] * 40, ContextLengthError, "room for 32"),
+        ([], RequestError, "without tokens"),
+    ):
+        sequence = engine.open(32)
+        with pytest.raises(error, match=message):
+            engine.prefill(sequence, ids, chunk_tokens=2)
+        assert sequence.ids == []
+    with pytest.raises(RequestError, match="chunk_tokens is 0"):
+        engine.prefill(engine.open(32), [1], chunk_tokens=0)
+    with pytest.raises(RequestError, match="token id 160"):
+        Session(engine).answer([1, 160], k2lite.SamplingParams())
+    assert engine.experts.counters.requested_experts == before
+
+
+def test_closing_an_answer_frees_its_cache(engine: k2lite.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    original = engine.open
+    monkeypatch.setattr(engine, "open", lambda *args: opened.append(original(*args)) or opened[-1])
+    tokens = engine.generate(PROMPT, max_tokens=9, temperature=0, stop_ids=NEVER)
+    next(tokens)
+    assert opened[0].cache.length == len(PROMPT)
+    tokens.close()  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="closed"):
+        _ = opened[0].cache
+
+
+def test_the_cache_holds_one_latent_a_token_and_layer(engine: k2lite.Engine) -> None:
+    config = engine.config
+    cache = engine.open(10).cache
+    assert config.latent_dim == config.kv_lora_rank + config.qk_rope_head_dim
+    assert cache._rows.shape == (config.num_hidden_layers, 10, config.latent_dim)
+    assert cache._rows.nbytes == LatentCache.nbytes_for(config, 10)
+    assert engine.placement.kv_bytes == LatentCache.nbytes_for(config, 256)
 
 
 def test_the_context_can_be_filled_to_the_last_token(engine: k2lite.Engine) -> None:
@@ -103,6 +156,36 @@ def test_counters_count(tiny_folder: Path) -> None:
     assert used.sum() == tokens * config.num_experts_per_tok * len(config.moe_layers)
     assert experts.read_experts == engine.experts.stats.distinct_experts <= experts.requested_experts
     assert experts.read_bytes > 0
+    assert experts.read_s > 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"temperature": -1}', '{"top_p": 0}', '{"top_k": 2.5}', '{"min_p": 7}', "[]", "{", '{"eos_token_id": "x"}'],
+)
+def test_a_generation_config_that_makes_no_sense_names_its_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: "):
+        read_generation_config(tmp_path)
+
+
+def test_a_generation_config_may_say_null(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": null, "top_k": null, "eos_token_id": null}')
+    assert read_generation_config(tmp_path) == ((), k2lite.SamplingParams())
+
+
+def test_a_step_that_fails_at_its_logits_changes_no_sequence(
+    engine: k2lite.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequence = engine.open(32)
+    engine.prefill(sequence, PROMPT)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model, "logits", _raise)
+        with pytest.raises(CheckpointError):
+            engine.step([Chunk(sequence, [1, 2])])
+    assert (sequence.ids, sequence.cache.length) == (PROMPT, len(PROMPT))
+    (logits,) = engine.step([Chunk(sequence, [1, 2])])
+    assert torch.equal(logits[0], engine.logits([*PROMPT, 1, 2])[-1])
 
 
 def test_a_failed_step_changes_no_sequence(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

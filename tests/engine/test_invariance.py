@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 import k2lite
+from k2lite.backends.reference import ReferenceBackend
 from k2lite.engine import Chunk
 from k2lite.offload.resident import ResidentSource, _ResidentLease
 from k2lite.quant.types import ExpertWeights
+from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 
 IDS = [(7 * i + i * i) % 160 for i in range(41)]
 
@@ -82,6 +85,32 @@ def test_the_order_of_arrival_changes_no_bit(engine: k2lite.Engine, tiny_folder:
     original = source.lease
     source.lease = lambda layer, experts: _OneByOneLease(source, original(layer, experts)._keys)  # type: ignore
     assert torch.equal(other.logits(IDS), engine.logits(IDS))
+
+
+@pytest.fixture(scope="module", params=["absorbed", "naive"])
+def other_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> k2lite.Engine:
+    """Other widths, edge blocks of FP8, YaRN and groups; both ways to write attention."""
+    yarn = {
+        "type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    groups = {"n_routed_experts": 12, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 4}
+    config = tiny_config(hidden_size=136, moe_intermediate_size=130, kv_lora_rank=33, rope_scaling=yarn, **groups)
+    folder = tmp_path_factory.mktemp("other") / "model"
+    write_checkpoint(folder, config, random_weights(config, seed=6), format="fp8")
+    return k2lite.load(folder, backend=ReferenceBackend(mla=request.param), context=64)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 16, 40])
+def test_prefill_in_chunks_of_any_size_in_either_form(other_engine: k2lite.Engine, chunk_tokens: int) -> None:
+    expected = other_engine.logits(IDS)
+    with other_engine.open(64) as sequence:
+        assert torch.equal(other_engine.prefill(sequence, IDS, chunk_tokens=chunk_tokens), expected[-1])
+    assert torch.equal(chunked(other_engine, IDS, list(range(chunk_tokens, len(IDS), chunk_tokens))), expected)
 
 
 def test_truncating_and_going_on_equals_a_fresh_start(engine: k2lite.Engine) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import k2lite
 from k2lite.errors import CheckpointError
@@ -27,6 +28,30 @@ def test_released_exactly_once(source: ResidentSource) -> None:
         lease.release()
 
 
+def test_released_when_its_block_fails_and_of_no_use_afterwards(source: ResidentSource) -> None:
+    with pytest.raises(ZeroDivisionError), source.lease(1, [0]) as lease:
+        _ = 1 / 0
+    with pytest.raises(RuntimeError, match="after its release"):
+        next(iter(lease.ready()))
+    with pytest.raises(RuntimeError, match="released twice"):
+        lease.release()
+
+
+def test_views_stay_valid_until_the_release(source: ResidentSource, tiny_folder: Path) -> None:
+    """Whatever is leased meanwhile: the bytes are those of the files at the end too."""
+    stored = {name: t for path in tiny_folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    with source.lease(1, [3, 6]) as lease:
+        held = {number: weights for group in lease.ready() for number, weights in group.items()}
+        for layer in (1, 2):
+            with source.lease(layer, list(range(8))) as other:
+                list(other.ready())
+        for number, weights in held.items():
+            for projection, tensor in weights._asdict().items():
+                for suffix, part in tensor.parts.items():
+                    name = f"model.layers.1.mlp.experts.{number}.{projection}.{suffix}"
+                    assert torch.equal(part, stored[name])
+
+
 def test_every_expert_comes_once_and_resident_ones_first(source: ResidentSource) -> None:
     with source.lease(1, [5, 2]) as lease:
         assert [sorted(group) for group in lease.ready()] == [[5], [2]]
@@ -39,6 +64,11 @@ def test_each_expert_asked_for_is_counted_once_and_read_once(source: ResidentSou
         with source.lease(2, [1, 4]) as lease:
             list(lease.ready())
     assert (source.counters.requested_experts, source.counters.read_experts) == (6, 2)
+    one = source.lease(2, [1])
+    assert source.counters.requested_experts == 7
+    with one:
+        (group,) = one.ready()
+    assert source.counters.read_bytes == 2 * sum(tensor.nbytes for tensor in group[1])
 
 
 def test_asking_twice_for_one_expert_is_an_error(source: ResidentSource) -> None:

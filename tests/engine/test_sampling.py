@@ -82,6 +82,13 @@ def test_greedy_takes_the_lowest_of_equal_ids_and_reports_its_logprob() -> None:
     assert token.logprob == pytest.approx(float(torch.log_softmax(logits.double(), 0)[1]))
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-100, 5e-324])
+def test_a_temperature_near_zero_is_greedy_and_not_broken(temperature: float) -> None:
+    logits = torch.tensor([1.0, 3.0, -40.0, 2.0, float("-inf")])
+    params = SamplingParams(temperature=temperature, top_k=3, top_p=0.9)
+    assert {int(sample(logits, params, position)) for position in range(20)} == {1}
+
+
 def test_a_mask_forbids() -> None:
     logits = torch.tensor([5.0, 1.0, 4.0])
     mask = torch.tensor([False, True, True])

@@ -49,6 +49,20 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "int4": ("int4", {}, 31),
     "int4, yarn, groups": ("int4", {**GROUPS, "rope_scaling": YARN}, 45),
     "one token": ("bf16", {}, 1),
+    # the latents' norms must keep 1e-6, which the logits show where all other norms have a large eps
+    "bf16, eps 0.03": ("bf16", {"rms_norm_eps": 0.03}, 19),
+    "bf16, longer than yarn's original length": (
+        "bf16",
+        {"rope_theta": 100.0, "rope_scaling": {**YARN, "original_max_position_embeddings": 32, "beta_fast": 4.0}},
+        71,
+    ),
+    "fp8, no yarn": ("fp8", {**WIDE, "rope_scaling": None}, 13),
+    "int4, 12 experts, all layers sparse": (
+        "int4",
+        {"n_routed_experts": 12, "num_experts_per_tok": 5, "first_k_dense_replace": 0},
+        21,
+    ),
+    "bf16, all layers dense": ("bf16", {"first_k_dense_replace": 3}, 5),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,49 @@ UNSUPPORTED = {
     "n_group": 3,
     "topk_group": 2,
     "routed_scaling_factor": None,
+    "mlp_bias": True,
+    "linear_attn_config": {"num_heads": 2},
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "qk_head_dim": 8,
+    "head_dim": 24,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 1.0,
+    "num_nextn_predict_layers": -1,
+    "max_position_embeddings": 512.0,
+    "v_head_dim": -20,
+    "num_attention_heads": False,
+    "kv_lora_rank": "32",
+    "intermediate_size": [96],
+    "bos_token_id": -1,
+    "rope_scaling": 4.0,
+    "quantization_config": "fp8",
 }
+# numbers that Python holds and no model has: they must not become an OverflowError or a loop without end
+ENORMOUS = {
+    "rms_norm_eps": 10**400,
+    "routed_scaling_factor": -(10**400),
+    "rope_theta": 10**4000,
+    "hidden_size": 10**400,
+    "num_hidden_layers": 10**9,
+    "n_routed_experts": 10**9,
+    "num_nextn_predict_layers": 10**9,
+}
+
+
+@pytest.mark.parametrize("key", ENORMOUS)
+def test_enormous_numbers_are_refused_in_few_words(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is .*supported") as caught:
+        parse(**{key: ENORMOUS[key]})
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", [8.0, True, None, "4"])
+def test_a_derived_size_must_be_that_integer(value: Any) -> None:
+    for key in ("num_key_value_heads", "head_dim", "qk_head_dim"):
+        with pytest.raises(ConfigError, match=f"{key} is {value!r}; supported: "):
+            parse(**{key: value})
+    assert parse(head_dim=8, qk_head_dim=24, num_key_value_heads=4) == parse()
 
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
@@ -109,7 +152,7 @@ def test_unsupported_values_are_refused_naming_key_and_value(key: str) -> None:
     message = str(caught.value)
     assert key in message
     assert repr(value) in message or str(value) in message
-    assert "supported" in message or "must" in message
+    assert "supported" in message or "must" in message or "expected" in message
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "kv_lora_rank", "routed_scaling_factor", "rms_norm_eps"])
@@ -128,6 +171,11 @@ def test_missing_keys_are_named(key: str) -> None:
         ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 2.0}, "attention"),
         ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False}, "truncate"),
         ({"type": "yarn", "rope_type": "default", "factor": 4.0}, "type"),
+        ({"type": "yarn", "factor": None, "original_max_position_embeddings": 64}, "factor"),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}, "mscale_all_dim"),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale_all_dim": 1}, "mscale is"),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 0}, "beta_fast is 0"),
+        ({"type": "default", "partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25; supported: 1"),
     ],
 )
 def test_unsupported_rope_is_refused(block: dict[str, Any], key: str) -> None:
@@ -141,6 +189,7 @@ def test_both_spellings_of_rope_mean_the_same() -> None:
         "factor": 4.0,
         "original_max_position_embeddings": 64,
         "beta_fast": 1.0,
+        "mscale": 1,
         "mscale_all_dim": 1,
     }
     old = parse(rope_theta=5000.0, rope_scaling=block)
@@ -150,12 +199,51 @@ def test_both_spellings_of_rope_mean_the_same() -> None:
     with pytest.raises(ConfigError, match="differ"):
         parse(rope_theta=5000.0, rope_scaling=block, rope_parameters={**new_block, "factor": 8.0})
     with pytest.raises(ConfigError, match="differ"):
+        parse(rope_theta=5000.0, rope_scaling={**block, "rope_theta": 6000.0})
+    with pytest.raises(ConfigError, match="rope_theta is missing"):
+        parse(rope_theta=..., rope_scaling=block)
+    with pytest.raises(ConfigError, match="differ"):
         parse(rope_theta=1.0, rope_scaling=..., rope_parameters=new_block)
+
+
+@pytest.mark.parametrize("yarn", [True, False])
+def test_what_transformers_5_saves_is_read_as_the_old_spelling_is(tmp_path: Path, yarn: bool) -> None:
+    """An oracle of the new spelling, and of the keys that its writer adds: none is unknown here."""
+    from transformers import DeepseekV3Config
+
+    block = {
+        "type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    written = copy.deepcopy(block)  # transformers writes into what it is given
+    raw = tiny_config(model_type="deepseek_v3", rope_scaling=written if yarn else None, num_nextn_predict_layers=1)
+    DeepseekV3Config(**{key: value for key, value in raw.items() if key != "model_type"}).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in saved
+    assert "rope_scaling" not in saved
+    assert (saved["head_dim"], saved["qk_head_dim"]) == (8, 24)
+    read = read_config(tmp_path)
+    assert read.unknown_keys == ()
+    assert read == parse_config({**raw, "rope_scaling": block if yarn else None}, read.source)
 
 
 def test_a_config_without_yarn_has_plain_frequencies() -> None:
     for changes in ({"rope_scaling": None}, {"rope_scaling": {"type": "default"}}):
         assert parse(**changes).rope.yarn is None
+
+
+def test_groups_must_hold_the_experts_that_a_token_uses() -> None:
+    with pytest.raises(ConfigError, match="topk_group is 1: 1 groups of 2 experts hold fewer than num_experts_per_tok"):
+        parse(n_routed_experts=8, n_group=4, topk_group=1, num_experts_per_tok=3)
+    with pytest.raises(ConfigError, match="n_group is 8; it must divide .* into groups of two or more"):
+        parse(n_routed_experts=8, n_group=8, topk_group=8)
+    assert parse(n_routed_experts=8, n_group=4, topk_group=2, num_experts_per_tok=4).topk_group == 2
+    assert parse(n_routed_experts=1, num_experts_per_tok=1).n_routed_experts == 1
 
 
 def test_beta_defaults_are_the_library_s_and_given_ones_are_kept() -> None:
@@ -171,6 +259,12 @@ def test_beta_defaults_are_the_library_s_and_given_ones_are_kept() -> None:
 def test_unknown_keys_are_kept_for_info_and_artefacts_are_not_settings() -> None:
     config = parse(favourite_colour="red", top_k=50, temperature=1.0, rope_scaling={"type": "default", "mystery": 1})
     assert config.unknown_keys == ("favourite_colour", "rope_scaling.mystery")
+
+
+def test_unknown_keys_are_listed_as_text_that_can_be_printed() -> None:
+    config = parse(**{"a\x1b[2J": 1, "\ud800": 2, "n" * 2000: 3})
+    assert len(config.unknown_keys) == 3
+    assert all(key.isprintable() and len(key) < 300 for key in config.unknown_keys)
 
 
 def test_the_text_model_of_k25_is_read_and_vision_skipped() -> None:
@@ -203,15 +297,28 @@ def test_latent_norm_eps_is_an_option_and_does_not_follow_rms_norm_eps() -> None
     raw = {**tiny_config(), "rms_norm_eps": 1e-5}
     assert parse_config(raw, SOURCE).latent_norm_eps == 1e-6
     assert parse_config(raw, SOURCE, latent_norm_eps=1e-5).latent_norm_eps == 1e-5
-    with pytest.raises(ConfigError, match="latent_norm_eps"):
-        parse_config(raw, SOURCE, latent_norm_eps=0.0)
+    for eps in (0.0, -1e-6, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="latent_norm_eps"):
+            parse_config(raw, SOURCE, latent_norm_eps=eps)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "\xff", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", "\xff", "[" * 100_000, '{"a": 1, "a": 1}', '{"a": {"b": 1, "b": 2}}', "9" * 5000]
+)
 def test_a_config_that_is_no_json_object_is_a_config_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    with pytest.raises(ConfigError, match=r"config\.json") as caught:
         read_config(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("depth", [10, 300, 600, *range(900, 1000, 7)])
+def test_nested_values_are_refused_in_few_words(tmp_path: Path, depth: int) -> None:
+    text = json.dumps(tiny_config(hidden_act="?")).replace('"?"', "[" * depth + "]" * depth)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="hidden_act is|nested too deeply") as caught:
+        read_config(tmp_path)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
 
 
 def test_a_folder_without_config_says_so(tmp_path: Path) -> None:

@@ -133,6 +133,33 @@ def test_a_known_mistake_would_be_seen(
     assert relative_error(k2lite.load(model).logits(IDS), right) > 1e-3
 
 
+@pytest.mark.parametrize("projection", ["q_b_proj", "kv_a_proj_with_mqa"])
+def test_the_rotary_part_taken_first_would_be_seen(
+    model: Path, right: torch.Tensor, tmp_path: Path, projection: str
+) -> None:
+    """Rows with the rotary part moved to the front give what a reader that expects it there makes of the true ones."""
+    config = json.loads((model / "config.json").read_text())
+    weights = random_weights(config, seed=2)
+    rotary = config["qk_rope_head_dim"]
+    for name in [name for name in weights if projection in name]:
+        heads = config["num_attention_heads"] if projection == "q_b_proj" else 1
+        rows = weights[name].view(heads, -1, weights[name].shape[1])
+        weights[name] = rows.roll(rotary, 1).reshape(weights[name].shape)
+    write_checkpoint(tmp_path / "model", config, weights, format="bf16")
+    assert relative_error(k2lite.load(tmp_path / "model").logits(IDS), right) > 1e-3
+
+
+def test_generation_defaults_inside_config_json_are_no_recommendation(tmp_path: Path) -> None:
+    """K2.5's text_config carries the library's top_k 50 and temperature 1.0."""
+    text = tiny_config(top_k=50, top_p=0.5, temperature=1.0, do_sample=False, max_length=20)
+    weights = {f"language_model.{name}": value for name, value in random_weights(text, seed=2).items()}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text, "top_k": 9}))
+    write_shards(tmp_path, weights, 1)
+    engine = k2lite.load(tmp_path)
+    assert engine.recommended_sampling == k2lite.SamplingParams()
+    assert len(list(engine.generate([1], max_tokens=30, temperature=0, stop_ids=frozenset()))) == 30
+
+
 def extended(folder: Path, config: dict[str, Any], extra: dict[str, torch.Tensor], prefix: str = "") -> None:
     """A checkpoint with more tensors than the model needs."""
     text = config.get("text_config", config)

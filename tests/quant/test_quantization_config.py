@@ -112,6 +112,7 @@ def test_fp8_variants_that_are_accepted(extra: dict[str, Any]) -> None:
         (int4_with("ignore", ["re:a{99999999999999999999}"]), "ignore is 're:a"),
         (INT4_CONFIG | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         (INT4_CONFIG | {"transform_config": {"config_groups": {}}}, "transform_config"),
+        (INT4_CONFIG | {"moe_sparsity_config": {"sparsity": 0.5}}, "moe_sparsity_config"),
     ],
 )
 def test_what_is_refused_names_key_value_and_what_is_supported(raw: Any, message: str) -> None:

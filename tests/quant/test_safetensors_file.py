@@ -25,7 +25,8 @@ PACKAGE_ERRORS = (SafetensorError, ValueError, KeyError, TypeError, OverflowErro
 
 
 TORCH_NAMES = (
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool "
+    "float8_e4m3fnuz float8_e5m2fnuz complex64"
 )
 
 
@@ -62,6 +63,15 @@ def assert_reads_as_the_package(path: Path) -> None:
 def test_every_dtype_reads_as_the_package_reads_it(tmp_path: Path) -> None:
     save_file(sample(), tmp_path / "a.safetensors", metadata={"format": "pt"})
     assert_reads_as_the_package(tmp_path / "a.safetensors")
+
+
+def test_a_scale_of_exponents_is_a_dtype_too(tmp_path: Path) -> None:
+    """The package's binding to torch has no F8_E8M0, its format has."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(header_bytes({"s": {"dtype": "F8_E8M0", "shape": [2, 3], "data_offsets": [0, 6]}}) + b"\x7f" * 6)
+    record = read_header(path)["s"]
+    assert (record.dtype, record.shape, record.nbytes) == (torch.float8_e8m0fnu, (2, 3), 6)
+    assert value_of(path, record).float().eq(1.0).all()
 
 
 @pytest.mark.parametrize("metadata", [None, {"a": "b"}])

@@ -98,10 +98,33 @@ def test_an_index_that_leads_elsewhere_is_refused(folder: Path, file: Any) -> No
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("file", ["missing.safetensors", "a\\..\\b.safetensors", "~", "sub/x.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["missing.safetensors", "a\\..\\b.safetensors", "~", "sub/x.safetensors", "n" * 300, "sub/" * 200 + "x"]
+)
 def test_odd_names_are_looked_for_inside(folder: Path, file: str) -> None:
     edit_index(folder, lambda index: index["weight_map"].update({"lm_head.weight": file}))
     assert f"{folder / file}: shard is missing (1 tensors by the index)" in open_folder(folder).problems[0]
+
+
+def test_what_is_no_file_is_missing(folder: Path) -> None:
+    """A link in a circle, a folder, a pipe: none is waited for or followed."""
+    paths = sorted(folder.glob("*.safetensors"))
+    for path in paths:
+        path.unlink()
+    paths[0].symlink_to(paths[0])
+    paths[1].mkdir()
+    os.mkfifo(paths[2])
+    problems = open_folder(folder).problems
+    assert [f"{path}: shard is missing" in problem for path, problem in zip(paths, sorted(problems), strict=True)] == [
+        True
+    ] * 3
+
+
+def test_files_that_are_not_read_are_noted(folder: Path) -> None:
+    save_file({"x": torch.ones(2)}, folder / "left over.safetensors")
+    checkpoint = open_folder(folder)
+    assert checkpoint.problems == ()
+    assert checkpoint.notes == (f"{folder / 'left over.safetensors'}: not read, since {INDEX} does not name it",)
 
 
 def test_shards_may_lie_in_subfolders_and_behind_links(folder: Path, tmp_path: Path) -> None:
@@ -170,7 +193,10 @@ def test_the_usual_name_of_a_single_file_wins_over_others(tmp_path: Path) -> Non
     folder = tmp_path / "model"
     write_checkpoint(folder, CONFIG, WEIGHTS, n_shards=1)
     save_file({"lora": torch.ones(2)}, folder / "adapter_model.safetensors")
-    assert open_folder(folder, "bf16").problems == ()
+    checkpoint = open_folder(folder, "bf16")
+    assert checkpoint.problems == ()
+    (note,) = checkpoint.notes
+    assert note.startswith(f"{folder / 'adapter_model.safetensors'}: not read, since model.safetensors is taken")
 
 
 def test_no_file_at_all(tmp_path: Path) -> None:
