@@ -76,6 +76,7 @@ def train_model(args: argparse.Namespace) -> int:
 
     from k2lite.text.tokenizer import load_tokenizer
     from tools.demo_training.batches import Batches
+    from tools.demo_training.beginning import begin
     from tools.demo_training.shape import model_config
     from tools.demo_training.training import Settings, Trainer
     from tools.demo_training.transformer import Transformer
@@ -84,6 +85,7 @@ def train_model(args: argparse.Namespace) -> int:
     settings = Settings(steps=args.steps)
     torch.manual_seed(settings.seed)
     model = Transformer(model_config())
+    begin(model)
     text = np.load(args.work / "train.npy")
     batches = Batches(load_tokenizer(args.work), text, seed=settings.seed, tokens=settings.tokens_per_step)
     trainer = Trainer(model, settings, batches.batch)

@@ -1,13 +1,15 @@
-"""Rows of tokens for training: dialogues packed side by side, and windows of text, chosen by step number alone.
+"""Rows of tokens for training: dialogues packed side by side, windows of text, and, in the beginning, runs of random
+tokens said twice, all chosen by step number alone.
 
 A step's batch depends on the seed and the step, so a run that was killed goes on with the very batches it would have
-had. Text is learned everywhere; in a dialogue the assistant's turns count fully and the rest a little.
+had. Text is learned everywhere; in a dialogue the assistant's turns count fully and the rest a little; of random tokens
+only what is said again. They teach copying, which tool calls and look-ups are made of and dialogues alone teach slowly.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,16 @@ from torch import Tensor
 
 from k2lite.text.tokenizer import Tokenizer
 
+from . import words
 from .questions import question
 from .shape import TRAINED_TOKENS
 from .tools_data import tool_dialogue
 
-PROMPT_WEIGHT = 0.1
+PROMPT_WEIGHT = 0.2
 TEXT_SHARE = 0.2
 TOOL_SHARE = 0.6
+COPY_SHARE = 0.25
+COPY_STEPS = 200
 SHORT_TOKENS = 512
 LONG_EVERY = 4
 
@@ -65,6 +70,43 @@ def text_row(window: npt.NDArray[np.uint16]) -> Row:
     return window.astype(np.int64), np.arange(length), np.zeros(length, dtype=np.int64), np.ones(length)
 
 
+def copy_row(rng: random.Random, length: int, tokens: Sequence[int]) -> Row:
+    """Groups of one run of random `tokens` said two to four times with others in between; only what is said again, but
+    for its first token, counts."""
+    ids: list[int] = []
+    positions: list[int] = []
+    documents: list[int] = []
+    weights: list[float] = []
+    while len(ids) < length:
+        run = rng.choices(tokens, k=rng.randint(3, 40))
+        made, counted = run[:], [0.0] * len(run)
+        for _ in range(rng.randint(1, 3)):
+            between = rng.choices(tokens, k=rng.randint(1, 12))
+            made += between + run
+            counted += [0.0] * (len(between) + 1) + [1.0] * (len(run) - 1)
+        documents += [documents[-1] + 1 if documents else 0] * len(made)
+        ids, positions, weights = ids + made, [*positions, *range(len(made))], weights + counted
+    return (
+        np.array(ids[:length]),
+        np.array(positions[:length]),
+        np.array(documents[:length]),
+        np.array(weights[:length]),
+    )
+
+
+def tokens_of_dialogues(tokenizer: Tokenizer) -> list[int]:
+    """The tokens of what dialogues copy: names of tools and parameters, values, digits, made-up names."""
+    rng = random.Random("copied")
+    said = [*words.VERBS, *words.NOUNS, *words.PARAMETERS, *words.ENUM_VALUES, "0 1 2 3 4 5 6 7 8 9"]
+    said += [words.word(rng, held_out=False) for _ in range(2000)]
+    return sorted({token for text in said for token in tokenizer.encode(text)})
+
+
+def some(rng: random.Random, count: float) -> int:
+    """A whole number that is `count` on average."""
+    return int(count + rng.random())
+
+
 class Batches:
     """`text` is uint16 token ids of the training texts on end."""
 
@@ -73,17 +115,19 @@ class Batches:
         self._text = text
         self._seed = seed
         self._tokens = tokens
+        self._copied = tokens_of_dialogues(tokenizer)
 
     def text_windows(self, step: int) -> list[npt.NDArray[np.uint16]]:
         """The windows of text in a step's batch, each one token longer than its row."""
         rng, length, rows = self._begin(step)
-        return [self._window(rng, length) for _ in range(round(rows * TEXT_SHARE))]
+        return [self._window(rng, length) for _ in range(some(rng, rows * TEXT_SHARE))]
 
     def batch(self, step: int) -> Batch:
         rng, length, rows = self._begin(step)
-        n_text = round(rows * TEXT_SHARE)
-        made = [text_row(self._window(rng, length)) for _ in range(n_text)]
-        made += [self._dialogue_row(rng, length) for _ in range(rows - n_text)]
+        made = [text_row(self._window(rng, length)) for _ in range(some(rng, rows * TEXT_SHARE))]
+        n_copies = some(rng, rows * COPY_SHARE) if step < COPY_STEPS else 0
+        made += [copy_row(rng, length + 1, self._copied) for _ in range(n_copies)]
+        made += [self._dialogue_row(rng, length) for _ in range(rows - len(made))]
         ids, positions, documents, weights = (np.stack(parts) for parts in zip(*made, strict=True))
         # position t predicts token t + 1; the weight belongs to the token predicted
         same = documents[:, :-1] == documents[:, 1:]

@@ -31,16 +31,16 @@ class Settings:
     """One run. Learning rates are of the stable phase; the schedule is warm-up, stable, decay (WSD)."""
 
     steps: int
-    tokens_per_step: int = 4096
+    tokens_per_step: int = 2048
     lr: float = 3e-3
     adam_lr: float = 3e-3
-    warmup_steps: int = 80
+    warmup_steps: int = 100
     decay_share: float = 0.35
     balance_rate: float = 0.002
     balance_band: tuple[float, float] = (0.35, 2.5)
     clip_threshold: float = 30.0
-    log_every: int = 10
-    save_every: int = 100
+    log_every: int = 20
+    save_every: int = 200
     seed: int = 1
 
 

@@ -23,6 +23,10 @@ HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_suppo
 LOW = torch.bfloat16 if HAS_BF16 else torch.float32
 
 
+# Layers begin nearly silent, so that a token can still be told from the residual stream when it reaches the last one.
+QUIET = 0.02
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class Attention(nn.Module):
         self.kv_a_proj_with_mqa = matrix(c.latent_dim, c.hidden_size)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.latent_norm_eps)
         self.kv_b_proj = matrix(heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-        self.o_proj = matrix(c.hidden_size, heads * c.v_head_dim, gain=(2 * c.num_hidden_layers) ** -0.5)
+        self.o_proj = matrix(c.hidden_size, heads * c.v_head_dim, gain=QUIET)
         self.max_logits: Tensor | None = None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, lengths: list[int], measure: bool) -> Tensor:
@@ -105,7 +109,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.gate_proj = matrix(width, c.hidden_size)
         self.up_proj = matrix(width, c.hidden_size)
-        self.down_proj = matrix(c.hidden_size, width, gain=(2 * c.num_hidden_layers) ** -0.5)
+        self.down_proj = matrix(c.hidden_size, width, gain=QUIET)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -203,8 +207,7 @@ class Moe(nn.Module):
         self.bias: Tensor
         self.register_buffer("bias", torch.zeros(experts))
         self.gate_up_proj = nn.Parameter(torch.randn(experts, 2, width, hidden) * hidden**-0.5)
-        gain = (2 * c.num_hidden_layers * c.num_experts_per_tok) ** -0.5
-        self.down_proj = nn.Parameter(torch.randn(experts, hidden, width) * gain * width**-0.5)
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, width) * QUIET * width**-0.5)
         self.shared_experts = Mlp(c, width * c.n_shared_experts)
         self.load = torch.zeros(experts)
         self.ids = torch.zeros(0, c.num_experts_per_tok, dtype=torch.int64)
@@ -256,10 +259,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.c = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        nn.init.normal_(self.embed_tokens.weight, std=0.05)
+        nn.init.normal_(self.embed_tokens.weight, std=c.hidden_size**-0.5)
         self.layers = nn.ModuleList(Layer(c, index) for index in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.lm_head = matrix(c.vocab_size, c.hidden_size)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        # One table for both while training (two tensors on disk, as K2 has them): attention that hands a token's own
+        # direction on then copies any token, those that were never copied in training too.
+        self.lm_head.weight = self.embed_tokens.weight
         cos, sin = c.rope.tables(torch.arange(c.max_position_embeddings))
         self.cos: Tensor
         self.sin: Tensor
