@@ -1,4 +1,4 @@
-"""The exceptions a user of k2lite may meet; the tree is drawn and defined in quant/errors.py."""
+"""The exceptions a user of k2lite may meet, and how a command says one; the tree is defined in quant/errors.py."""
 
 from __future__ import annotations
 
@@ -22,4 +22,10 @@ __all__ = [
     "MemoryPlanError",
     "RequestError",
     "TokenizerError",
+    "one_line",
 ]
+
+
+def one_line(error: object) -> str:
+    """The text of an error with its line breaks made spaces, whatever a file or a template put into it."""
+    return " ".join(str(error).splitlines())

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 NEEDS_SHARED = "needs ../shared (golden vectors and configs), which is absent here"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="the full counts of what is sampled otherwise (make soak)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--soak"):
+        hypothesis.settings.register_profile("soak", max_examples=2000, deadline=None)
+        hypothesis.settings.load_profile("soak")
+
+
+@pytest.fixture(scope="session")
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether full counts were asked for."""
+    return bool(request.config.getoption("--soak"))
 
 
 @pytest.fixture(scope="session")

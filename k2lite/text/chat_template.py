@@ -1,14 +1,16 @@
 """A conversation through the folder's own Jinja template, in Hugging Face's sandbox, with the user's text kept apart.
 
 Invariant: a control token in the result that is not hidden behind the mask was written by the template, not by a
-message. Wherever a message or tool could spell a control token, alone or together with its neighbours, the first
-character is replaced by one that occurs nowhere; `Masked.unmask` puts it back after control tokens were looked for.
+message. Wherever a message or tool could spell a control token, alone or together with what follows, the first
+character is replaced by one that occurs nowhere; `Masked.unmask` puts it back after control tokens were looked for. A
+template that writes the first half of a control token and lets a message write the other is not guarded against: no
+published template does, and some name a role token by the message's role on purpose.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -35,14 +37,12 @@ class ChatTemplate:
     """`path` is named in errors; `variables` are what else the template may use (bos_token and the like)."""
 
     def __init__(self, source: str, path: Path, variables: Mapping[str, str]) -> None:
-        from jinja2 import TemplateError
-
         self._source = source
         self._path = path
         self._variables = dict(variables)
         try:
             self._template = _environment().from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # not only TemplateError: one nested too deeply exhausts the compiler
             raise self._error(error) from error
 
     def render(
@@ -57,14 +57,15 @@ class ChatTemplate:
     ) -> Masked:
         """Render `messages` (role, content, ...) and `tools` (OpenAI's form). Raises TokenizerError, which names the
         template and the line, for a template that fails or a message that is not one."""
-        declared = _sorted_keys(list(tools)) if tools else None
-        # only a template that asks for the TypeScript form is written for it
-        typescript = tools_as_typescript(declared) if declared and "tools_ts_str" in self._source else None
+        # a template that asks for the TypeScript form has tools with sorted keys, in JSON too if there is no such form
+        takes_typescript = "tools_ts_str" in self._source
+        declared = (_sorted_keys(tools) if takes_typescript else list(tools)) if tools else None
+        typescript = tools_as_typescript(declared) if declared and takes_typescript else None
         cleaned = [_without_nulls(message, place) for place, message in enumerate(messages)]
         mask = _Mask(control_tokens, [self._source, cleaned, declared, typescript])
         context = {
-            "messages": [self._masked_message(message, mask) for message in cleaned],
-            "tools": mask.hide(declared) if typescript is not None or not tools else mask.hide(list(tools)),
+            "messages": mask.hide(cleaned),
+            "tools": mask.hide(declared),
             "tools_ts_str": mask.hide(typescript),
             "thinking": thinking,
             "preserve_thinking": preserve_thinking,
@@ -75,14 +76,6 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything: it is a program that came with the weights
             raise self._error(error) from error
         return Masked(text, mask.unmask)
-
-    def _masked_message(self, message: Mapping[str, Any], mask: _Mask) -> Any:
-        """A template that looks for </think> in the assistant's text, to cut old reasoning, must find it."""
-        inspects = any(f"{quote}</think>{quote}" in self._source for quote in "'\"")
-        if not inspects or message.get("role") != "assistant" or not isinstance(message.get("content"), str):
-            return mask.hide(message)
-        content = "</think>".join(mask.hide(part) for part in message["content"].split("</think>"))
-        return {**mask.hide(message), "content": content}
 
     def _error(self, error: Exception) -> TokenizerError:
         line = getattr(error, "lineno", None)
@@ -117,18 +110,69 @@ class _Mask:
             return [self.hide(item) for item in value]
         return value
 
+    def hide_whole(self, text: str) -> str:
+        """Only the control tokens that `text` itself spells: how a template's own search words look once hidden."""
+        return self._replaced(text, self._is_control)
+
     def _hide_text(self, text: str) -> str:
+        hidden = self._replaced(text, self._could_be_control)
+        return text if hidden == text else _HiddenText.of(hidden, self)
+
+    def _replaced(self, text: str, wanted: Callable[[str, int], bool]) -> str:
         out = list(text)
         for at, character in enumerate(text):
-            if character in self._hidden and self._could_be_control(text, at):
+            if character in self._hidden and wanted(text, at):
                 out[at] = self._hidden[character]
         return "".join(out)
 
+    def _is_control(self, text: str, at: int) -> bool:
+        return any(text.startswith(token, at) for token in self._tokens if token[0] == text[at])
+
     def _could_be_control(self, text: str, at: int) -> bool:
-        if any(text.startswith(token, at) for token in self._tokens if token[0] == text[at]):
+        if self._is_control(text, at):
             return True
         # the end of one text may complete a name with the beginning of the next
         return len(text) - at < self._longest and text[at:] in self._prefixes
+
+
+class _HiddenText(str):
+    """A text with something hidden in it. A template finds in it what it would find in the text as written: to cut old
+    reasoning it searches for </think>. What is cut from it is such a text again."""
+
+    _mask: _Mask
+
+    @classmethod
+    def of(cls, text: str, mask: _Mask) -> _HiddenText:
+        made = cls(text)
+        made._mask = mask
+        return made
+
+
+def _searching(name: str) -> Callable[..., Any]:
+    """str's method of this name, for a hidden text."""
+    method = getattr(str, name)
+
+    def search(self: _HiddenText, *args: Any, **kwargs: Any) -> Any:
+        words = [self._mask.hide_whole(word) if isinstance(word, str) else word for word in args]
+        return _again_hidden(method(self, *words, **kwargs), self._mask)
+
+    return search
+
+
+def _again_hidden(value: Any, mask: _Mask) -> Any:
+    if isinstance(value, str):
+        return _HiddenText.of(value, mask)
+    if isinstance(value, list | tuple):
+        return type(value)(_again_hidden(item, mask) for item in value)
+    return value
+
+
+for _name in (
+    *("__contains__", "__getitem__", "count", "find", "index", "rfind", "rindex", "startswith", "endswith"),
+    *("split", "rsplit", "splitlines", "partition", "rpartition", "replace", "removeprefix", "removesuffix"),
+    *("strip", "lstrip", "rstrip"),
+):
+    setattr(_HiddenText, _name, _searching(_name))
 
 
 @lru_cache(maxsize=4)
@@ -169,7 +213,19 @@ def _without_nulls(message: Mapping[str, Any], place: int) -> dict[str, Any]:
     """A message without its null keys, which templates would print as the word None; a null content is meant."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise TokenizerError(f"message {place} has no role: expected an object with role and content")
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    cleaned = {key: value for key, value in message.items() if value is not None or key == "content"}
+    for key in ("content", "tool_calls"):
+        if isinstance(cleaned.get(key), list):
+            cleaned[key] = [_entry_without_nulls(entry) for entry in cleaned[key]]
+    return cleaned
+
+
+def _entry_without_nulls(entry: Any) -> Any:
+    """The same for a content part or a tool call; a null inside a call's arguments is the model's own."""
+    if not isinstance(entry, Mapping):
+        return entry
+    kept = {key: value for key, value in entry.items() if value is not None}
+    return {key: _entry_without_nulls(value) if key == "function" else value for key, value in kept.items()}
 
 
 def _sorted_keys(value: Any) -> Any:

@@ -1,11 +1,13 @@
 """Folders with a tokenizer.json (DeepSeek-V3, R1), through Hugging Face's `tokenizers` package, an extra.
 
-Control tokens are the added tokens that the file marks as special. Only byte-level models are taken: a token of
-another kind has no bytes of its own, and a stream could not be cut at characters.
+Every added token is a control token, whether the file calls it special or not: DeepSeek's role and tool tokens are not.
+Only byte-level models are taken: a token of another kind has no bytes of its own, and a stream could not be cut at
+characters.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,26 @@ from k2lite.quant.errors import TokenizerError
 from .tokenizer import HF_FILE, Tokenizer
 from .tokenizer_files import read_template, read_tokenizer_config, special_pattern, token_text
 
+# What a file may add to plain encoding: tokens found anywhere in a text, texts cut or filled to a length.
+_LEFT_OUT: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+
 
 class HfTokenizer(Tokenizer):
     """tokenizer.json with tokenizer_config.json and a chat template, the last two optional."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / HF_FILE
-        self._tokenizer = _open(self._path)
-        # makes control tokens in a text plain text; `encode_masked` looks for them itself
-        self._tokenizer.encode_special_tokens = True
+        whole, self._ordinary = _open(self._path)
         config = read_tokenizer_config(folder)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.n_vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.special_tokens = {token.content: int(number) for number, token in added.items() if token.special}
-        self.hidden_ids = frozenset(self.special_tokens.values())
-        end = self._tokenizer.token_to_id(token_text(config.get("eos_token")) or "")
-        self.end_of_turn_ids = frozenset() if end is None else frozenset([end])
+        vocabulary = whole.get_vocab(with_added_tokens=True)
+        added = whole.get_added_tokens_decoder()
+        self.n_vocab = max(vocabulary.values(), default=-1) + 1
+        self.special_tokens = {token.content: int(number) for number, token in added.items()}
+        self.hidden_ids = frozenset(int(number) for number, token in added.items() if token.special)
+        end = vocabulary.get(token_text(config.get("eos_token")) or "")
+        self.end_of_turn_ids = frozenset() if end is None else frozenset([int(end)])
         self.template = read_template(folder, config)
-        self._added: dict[int, bytes] = {int(number): token.content.encode() for number, token in added.items()}
+        self._added: dict[int, bytes] = {number: text.encode() for text, number in self.special_tokens.items()}
         self._pattern = special_pattern(self.special_tokens)
 
     def encode_masked(self, text: str, *, allow_special: bool, unmask: Mapping[int, str]) -> list[int]:
@@ -42,19 +46,23 @@ class HfTokenizer(Tokenizer):
             if place % 2:  # what the pattern found stands between the rest
                 ids.append(self.special_tokens[part])
             elif part:
-                ids += self._tokenizer.encode(part.translate(unmask), add_special_tokens=False).ids
+                ids += self._ordinary.encode(_whole_characters(part.translate(unmask)), add_special_tokens=False).ids
         return ids
 
     def token_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token]
-        text = self._tokenizer.id_to_token(int(token)) if token >= 0 else None
+        text = self._ordinary.id_to_token(int(token)) if 0 <= token < self.n_vocab else None
         if text is None:
             raise TokenizerError(f"token id {int(token)} is outside the vocabulary of {self.n_vocab}")
-        return bytes(_BYTE_OF[character] for character in text)
+        try:
+            return bytes(_BYTE_OF[character] for character in text)
+        except KeyError:
+            raise TokenizerError(f"{self._path}: token {int(token)}, {text[:40]!r}, is not byte-level") from None
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, Any]:
+    """The tokenizer as the file says, and the same without what it adds to plain encoding."""
     try:
         import tokenizers
     except ImportError as error:
@@ -62,12 +70,24 @@ def _open(path: Path) -> Any:
             f"{path}: reading it takes the tokenizers package: pip install 'k2lite[tokenizers]'"
         ) from error
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        text = path.read_text(encoding="utf-8")
+        whole = tokenizers.Tokenizer.from_str(text)
+        ordinary = tokenizers.Tokenizer.from_str(json.dumps({**json.loads(text), **_LEFT_OUT}))
     except Exception as error:  # the package raises plain Exception for a damaged file
         raise TokenizerError(f"{path}: can't be read: {error!s:.100}; download it again") from error
-    if type(tokenizer.decoder).__name__ != "ByteLevel":
-        raise TokenizerError(f"{path}: the decoder is {type(tokenizer.decoder).__name__}, supported: ByteLevel")
-    return tokenizer
+    if type(whole.decoder).__name__ != "ByteLevel":
+        raise TokenizerError(f"{path}: the decoder is {type(whole.decoder).__name__}, supported: ByteLevel")
+    for token in whole.get_added_tokens_decoder().values():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise TokenizerError(
+                f"{path}: token {token.content!r} has lstrip, rstrip or single_word; supported: false for all three"
+            )
+    return whole, ordinary
+
+
+def _whole_characters(text: str) -> str:
+    """`text` with lone surrogates, which the package refuses, made U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def byte_of_character() -> dict[str, int]:

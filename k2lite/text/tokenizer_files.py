@@ -49,8 +49,8 @@ def added_tokens(config: Mapping[str, Any], path: Path) -> list[AddedToken]:
         ]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise TokenizerError(f"{path}: added_tokens_decoder must map ids to objects with a content") from error
-    if not all(isinstance(token.content, str) and token.content for token in tokens):
-        raise TokenizerError(f"{path}: added_tokens_decoder holds a token without text")
+    if not all(isinstance(token.content, str) and token.content and _is_unicode(token.content) for token in tokens):
+        raise TokenizerError(f"{path}: added_tokens_decoder holds a token without text, or with half a character")
     return sorted(tokens, key=lambda token: token.id)
 
 
@@ -76,6 +76,11 @@ def special_pattern(tokens: Iterable[str]) -> re.Pattern[str] | None:
     keep what it found."""
     ordered = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile(f"({'|'.join(map(re.escape, ordered))})") if ordered else None
+
+
+def _is_unicode(text: str) -> bool:
+    """False for a text with a lone surrogate, which JSON can spell and UTF-8 can't."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def token_text(value: Any) -> str | None:

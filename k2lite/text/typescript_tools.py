@@ -37,6 +37,7 @@ def tools_as_typescript(tools: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _function(function: Mapping[str, Any]) -> str:
     root: Schema = function.get("parameters") or {}
+    _check_references(root, {"#", *(_REFERENCE + name for name in root.get("$defs", {}))})
     lines = [
         f"interface {name} {_type(schema, 0)}"
         for name, schema in [*root.get("$defs", {}).items(), *_self_reference(root)]
@@ -55,6 +56,18 @@ def _refers_to_root(value: Any) -> bool:
     if isinstance(value, Mapping):
         return value.get("$ref") == "#" or any(map(_refers_to_root, value.values()))
     return isinstance(value, list) and any(map(_refers_to_root, value))
+
+
+def _check_references(value: Any, known: set[str]) -> None:
+    if isinstance(value, Mapping):
+        target = value.get("$ref")
+        if isinstance(target, str) and target not in known:
+            raise _Unsupported(f"a reference to {target!r}")
+        for item in value.values():
+            _check_references(item, known)
+    elif isinstance(value, list):
+        for item in value:
+            _check_references(item, known)
 
 
 def _type(schema: Any, level: int) -> str:
@@ -81,11 +94,7 @@ def _type(schema: Any, level: int) -> str:
 
 
 def _reference(target: str) -> str:
-    if target == "#":
-        return "parameters"
-    if not target.startswith(_REFERENCE):
-        raise _Unsupported(f"a reference to {target!r}")
-    return target[len(_REFERENCE) :]
+    return "parameters" if target == "#" else target.removeprefix(_REFERENCE)
 
 
 def _object(schema: Schema, level: int) -> str:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     facts = describe(args.model, latent_norm_eps=args.latent_norm_eps)
-    print(json.dumps(facts, ensure_ascii=False) if args.json else as_text(facts))
+    print(json.dumps(facts) if args.json else as_text(facts))
     return 1 if facts["problems"] else 0
 
 

@@ -10,7 +10,13 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .model_options import add_model_arguments, add_sampling_arguments, load_engine, sampling_params
+from .model_options import (
+    add_model_arguments,
+    add_sampling_arguments,
+    check_sampling_arguments,
+    load_engine,
+    sampling_params,
+)
 
 if TYPE_CHECKING:
     from k2lite.engine import Engine
@@ -31,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     from k2lite.session import Session
 
+    check_sampling_arguments(args)
     engine = load_engine(args)
     tokenizer = engine.tokenizer
     if args.raw:
@@ -43,7 +50,7 @@ def execute(args: argparse.Namespace) -> int:
         if not args.json:
             print(piece, end="", flush=True)
     if args.json:
-        print(json.dumps(report(engine, params, prompt_ids, answer), ensure_ascii=False))
+        print(json.dumps(report(engine, params, prompt_ids, answer)))
     else:
         print()
         print(summary(engine), file=sys.stderr)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import k2lite
+from k2lite import cli
+from k2lite.errors import TokenizerError
+from k2lite.verbs import info
+from tests.conftest import REPO
 
 from .conftest import Run
 
@@ -112,9 +121,135 @@ def test_a_mistake_is_one_line_and_exit_code_2(k2: Run, demo: Path, arguments: l
 
 
 def test_the_demo_checkpoint_is_reproducible_and_whole(demo: Path, tmp_path: Path) -> None:
-    from k2lite.demo_checkpoint import write_demo
+    from k2lite.demo_checkpoint import write_random_demo
 
-    write_demo(tmp_path / "again")
+    write_random_demo(tmp_path / "again")
     ours = {path.name: path.read_bytes() for path in demo.iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == ours
     assert list(tmp_path.iterdir()) == [tmp_path / "again"]  # no half-written folder beside it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "VERB"),
+        (["fly"], "'fly'"),
+        (["run", "m"], "-p/--prompt"),
+        (["run", "m", "-p", "x", "--top-k", "many"], "'many'"),
+        (["info", "m", "--quiet"], "--quiet"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_too(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--temperature", "nan"),
+        ("--top-p", "0"),
+        ("--top-k", "-1"),
+        ("--min-p", "2"),
+        ("--seed", "-1"),
+        ("--max-tokens", "0"),
+        ("--stop", ""),
+    ],
+)
+@pytest.mark.parametrize("verb", [["run", "-p", "x"], ["chat"]])
+def test_a_value_out_of_range_is_refused_before_the_model_is_looked_at(
+    verb: list[str], option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*verb, "nowhere", option, value]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert option.strip("-").replace("-", "_") in err.replace("--stop", "stop")
+
+
+def fails_with(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def execute(args: argparse.Namespace) -> int:  # noqa: ARG001
+        raise error
+
+    return execute
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(13, "Permission denied", "/m/config.json"), "/m/config.json: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (TokenizerError("two\nlines"), "two lines"),
+    ],
+)
+def test_the_machine_s_refusals_are_one_line(
+    error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info, "execute", fails_with(error))
+    monkeypatch.setattr(cli, "_drop_stdout", lambda: None)
+    assert cli.main(["info", "m"]) == 2
+    assert capsys.readouterr().err == f"k2lite info: {expected}\n"
+
+
+SHELL = {
+    "a reader that has gone": ("{k2} info {demo} | (exec true); echo ${{PIPESTATUS[0]}}", "0\n", ""),
+    "a full disk": ("{k2} info {demo} > /dev/full; echo $?", "2\n", "k2lite info: No space left on device\n"),
+    "no stderr": ("{k2} run nowhere -p x 2>&-; echo $?", "2\n", ""),
+    "no stdin": ("{k2} chat nowhere <&- 2>/dev/null; echo $?", "2\n", ""),
+}
+
+
+@pytest.mark.parametrize("case", SHELL)
+def test_streams_that_are_closed_or_full(demo: Path, case: str) -> None:
+    command, out, err = SHELL[case]
+    script = command.format(k2=f"{sys.executable} -m k2lite", demo=demo)
+    result = subprocess.run(["bash", "-c", script], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.stderr) == (out, err)
+
+
+def test_a_terminal_that_lacks_characters_gets_them_spelled_out(demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "Modell-\u00fc-\u4e2d"
+    folder.symlink_to(demo)
+    for arguments, expected in (((), "Modell-\\xfc-\\u4e2d"), (("--json",), None)):
+        result = subprocess.run(
+            [sys.executable, "-m", "k2lite", "info", folder, *arguments],
+            cwd=REPO,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        text = result.stdout.decode("ascii")
+        assert (expected in text) if expected else (json.loads(text)["folder"] == str(folder))
+
+
+def test_a_piped_chat_writes_answers_only(k2: Run, demo: Path) -> None:
+    """No prompt, no history file: stdout is the answers, one after the other, as `run` would give the first."""
+    options = ("--seed", 1, "--max-tokens", 4, "--temperature", 0)
+    result = k2("chat", demo, *options, input="Hi\n\n/help\n/reset\nHi\n")
+    assert result.returncode == 0, result.stderr
+    alone = k2("run", demo, "-p", "Hi", *options)
+    assert result.stdout == 2 * alone.stdout
+    assert "> " not in result.stderr
+
+
+def test_a_folder_without_tokenizer_or_template_can_t_chat_and_says_so_at_once(
+    k2: Run, demo: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(demo, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert "no chat template" in k2("chat", bare, input="").stderr
+    assert k2("run", bare, "--raw", "-p", "x", "--max-tokens", 1).returncode == 0
+    (bare / "tiktoken.model").unlink()
+    result = k2("run", bare, "-p", "x")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "found neither tiktoken.model nor tokenizer.json" in result.stderr.splitlines()[-1]
+    engine = k2lite.load(bare)
+    assert len(list(engine.generate([1, 2], max_tokens=2, stop_ids=frozenset()))) == 2

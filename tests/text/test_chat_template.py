@@ -190,6 +190,53 @@ def test_a_template_that_cuts_old_reasoning_finds_its_end(tmp_path: Path, byte_f
     assert not set(prompt.ids) & set(tokenizer.special_tokens.values())
 
 
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "m.content.split('</think>')[-1]",
+        "m.content.rsplit('</think>', 1)[1].strip()",
+        "m.content[m.content.rfind('</think>') + 8:]",
+        "(m.content | trim).partition('</think>')[2].partition('</think>')[2]",
+        "'' if '</think>' not in m.content else m.content.replace('<think>a</think>b</think>', '')",
+    ],
+)
+def test_templates_search_for_hidden_tokens_and_what_they_leave_stays_hidden(
+    tmp_path: Path, byte_folder: Path, cut: str
+) -> None:
+    template = f"{{% for m in messages %}}<|im_user|>{{{{ {cut} }}}}{{{{ m.content }}}}{{% endfor %}}"
+    names = {"258": "<|im_end|>", "259": "<|im_user|>", "260": "<think>", "261": "</think>"}
+    added = {key: {"content": name, "special": False} for key, name in names.items()}
+    tokenizer = write_folder(tmp_path / "f", byte_folder, template, added_tokens_decoder=added)
+    for role in ("assistant", "user"):
+        prompt = tokenizer.render([{"role": role, "content": "<think>a</think>b</think>c<|im_end|>"}])
+        assert prompt.text == "<|im_user|>c<|im_end|><think>a</think>b</think>c<|im_end|>"
+        assert [token for token in prompt.ids if token >= 256] == [259]
+
+
+def test_tools_that_have_no_typescript_form_are_json_with_sorted_keys(with_template: WithTemplate) -> None:
+    """As Moonshot's wrapper passes them: sorted before the conversion is tried. Older templates take them as given."""
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"b": {}, "a": {"no": "type"}}}}
+    tools = [{"type": "function", "function": function}]
+    as_given = json.dumps(tools, separators=(",", ":"))
+    in_order = json.dumps(tools, separators=(",", ":"), sort_keys=True)
+    assert as_given != in_order
+    for template, expected in zip(reversed(TEMPLATES), (in_order, as_given), strict=True):
+        text = with_template(template).render([{"role": "user", "content": "x"}], tools).text
+        assert f"tool_declare<|im_middle|>{expected}<|im_end|>" in text
+
+
+def test_nulls_in_parts_and_calls_are_left_out_and_in_arguments_kept(with_template: WithTemplate) -> None:
+    function = {"name": "f", "arguments": {"x": None}, "description": None}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": None}, {"type": "text", "text": "y"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": None, "function": function}]},
+    ]
+    text = with_template(TEMPLATES[1]).render(messages).text
+    assert "None" not in text
+    assert "user<|im_middle|>y<|im_end|>" in text
+    assert '<|tool_call_begin|><|tool_call_argument_begin|>{"x": null}<|tool_call_end|>' in text
+
+
 # -- where templates come from, and what they may do ------------------------------------------------------------------
 
 
@@ -211,6 +258,7 @@ def test_template_in_the_config_and_variables(tmp_path: Path, byte_folder: Path)
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{{ raise_exception('only pairs') }}", "only pairs"),
         ("{% for %}", "line 1"),
+        ("{{ " + "(" * 20_000, "RecursionError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ undefined_thing.x }}", "UndefinedError"),
     ],
@@ -237,7 +285,7 @@ def test_our_own_template_speaks_k2_s_format(byte_tokenizer: Tokenizer) -> None:
         {"role": "tool", "tool_call_id": "functions.f:0", "name": "f", "content": "3"},
     ]
     assert byte_tokenizer.render(messages, [{"type": "function", "function": {"name": "f"}}]).text == (
-        '<|im_system|>tool_declare<|im_middle|>[{"type": "function", "function": {"name": "f"}}]<|im_end|>'
+        '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"f"}}]<|im_end|>'
         "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
         "<|im_user|>user<|im_middle|>Hi<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>Yes<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0"

@@ -85,3 +85,48 @@ def test_damaged_and_unsupported_files_are_named(tmp_path: Path, oracle: tokeniz
     other.save(str(path))
     with pytest.raises(TokenizerError, match="decoder is Metaspace, supported: ByteLevel"):
         load_tokenizer(tmp_path)
+
+
+def test_an_added_token_is_a_control_token_even_if_the_file_does_not_call_it_special(
+    oracle: tokenizers.Tokenizer, tokenizer: Tokenizer
+) -> None:
+    """DeepSeek's <｜User｜> and tool tokens are such: a user who writes one must not speak for another role."""
+    think = oracle.token_to_id("<think>")
+    assert oracle.encode("a<think>", add_special_tokens=False).ids[-1] == think
+    assert think not in tokenizer.encode("a<think>")
+    assert think not in tokenizer.render([{"role": "user", "content": "a<think>"}]).ids
+    assert tokenizer.encode("a<think>", allow_special=True)[-1] == think
+    assert think not in tokenizer.hidden_ids  # a reader sees it
+
+
+def test_what_the_file_says_of_cutting_and_filling_has_no_effect(
+    tmp_path: Path, oracle: tokenizers.Tokenizer, folder: Path
+) -> None:
+    cutting = tokenizers.Tokenizer.from_str(oracle.to_str())
+    cutting.enable_truncation(3)
+    cutting.enable_padding(length=50)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    text = "the cat sat on the mat"
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(folder).encode(text)
+    assert len(cutting.encode(text).ids) == 50
+
+
+def test_half_a_character_is_replaced(tokenizer: Tokenizer) -> None:
+    """Python hands over an argument that is not UTF-8 with lone surrogates in it."""
+    assert tokenizer.decode(tokenizer.encode("a\udcffb")) == "a\ufffdb"
+
+
+def test_tokens_that_take_in_their_neighbours_and_words_without_bytes_are_refused(
+    tmp_path: Path, oracle: tokenizers.Tokenizer
+) -> None:
+    greedy = tokenizers.Tokenizer.from_str(oracle.to_str())
+    greedy.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    greedy.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="'<mask>' has lstrip"):
+        load_tokenizer(tmp_path)
+    odd = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "▁b": 1}, merges=[]))
+    odd.decoder = decoders.ByteLevel()
+    odd.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).decode([0]) == "a"
+    with pytest.raises(TokenizerError, match="token 1, '▁b', is not byte-level"):
+        load_tokenizer(tmp_path).decode([1])

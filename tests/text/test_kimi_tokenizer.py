@@ -165,6 +165,7 @@ def test_a_damaged_vocabulary_names_the_line(tmp_path: Path, lines: list[str], m
         ('{"added_tokens_decoder": {"x": {"content": "a"}}}', "must map ids"),
         ('{"added_tokens_decoder": {"300": {}}}', "must map ids"),
         ('{"added_tokens_decoder": {"300": {"content": ""}}}', "without text"),
+        ('{"added_tokens_decoder": {"300": {"content": "a\\ud800"}}}', "half a character"),
         ('{"added_tokens_decoder": {"600": {"content": "a"}}}', "id 600, expected 256 to 511"),
         ('{"added_tokens_decoder": {"300": {"content": "a"}, "301": {"content": "a"}}}', "same text"),
     ],

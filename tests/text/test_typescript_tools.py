@@ -111,7 +111,15 @@ def test_a_self_reference_becomes_an_interface() -> None:
 
 
 @pytest.mark.parametrize(
-    "schema", [{"description": "no type"}, {"type": "date"}, {"$ref": "http://x"}, {"type": ["date"]}, {"anyOf": 3}]
+    "schema",
+    [
+        {"description": "no type"},
+        {"type": "date"},
+        {"$ref": "http://x"},
+        {"$ref": "#/$defs/Absent"},
+        {"type": ["date"]},
+        {"anyOf": 3},
+    ],
 )
 def test_what_the_rules_do_not_cover_falls_back_to_json(schema: Any) -> None:
     assert one(properties(None, a=schema)) is None
