@@ -117,7 +117,9 @@ def _ignored(config: ModelConfig) -> Iterator[IgnoredTensor]:
             prefix + rf"model\.layers\.{config.num_hidden_layers + extra}\..*", "multi-token prediction layer (skipped)"
         )
     if config.model_type == "kimi_k25":
-        yield IgnoredTensor(r"(vision_tower|mm_projector)\..*", "vision tower and projector (skipped: text only)")
+        yield IgnoredTensor(
+            r"(vision_tower|mm_projector)\..*", "vision tower and projector (skipped: text only)", carried=True
+        )
 
 
 def load_trunk(checkpoint: Checkpoint, config: ModelConfig, backend: Backend) -> TrunkWeights:

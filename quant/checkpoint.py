@@ -44,7 +44,7 @@ class FormatUse:
 
 
 @dataclass(frozen=True, slots=True)
-class _Module:
+class StoredModule:
     """One weight: its format (None if anything is wrong with it), its shape, and its stored tensors by suffix."""
 
     format: QuantFormat | None
@@ -57,8 +57,9 @@ class _Module:
 
 
 class Checkpoint:
-    """Made by `open`. `shards` are the files; `ignored` lists stored names that are known and not needed, by reason;
-    `problems` is what makes the folder unusable, `notes` what is odd and does no harm."""
+    """Made by `open`. `shards` are the files; `ignored` lists stored names that are known and not needed, by reason,
+    and `carried` where those of them lie that belong to the model all the same (its vision tower); `problems` is what
+    makes the folder unusable, `notes` what is odd and does no harm."""
 
     def __init__(self, folder: Path, schema: CheckpointSchema) -> None:
         self.folder = folder
@@ -67,8 +68,9 @@ class Checkpoint:
         self.problems: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
         self.ignored: dict[str, list[str]] = {}
-        self._trunk: dict[str, _Module] = {}
-        self._experts: dict[ExpertKey, dict[str, _Module]] = {}
+        self.carried: dict[str, Stored] = {}
+        self._trunk: dict[str, StoredModule] = {}
+        self._experts: dict[ExpertKey, dict[str, StoredModule]] = {}
 
     @classmethod
     def open(cls, folder: Path, schema: CheckpointSchema, quantization: QuantizationConfig | None) -> Checkpoint:
@@ -125,6 +127,14 @@ class Checkpoint:
             {projection: self.schema.projection_shape(projection) for projection in PROJECTIONS},
         )
 
+    def trunk_module(self, name: str) -> StoredModule:
+        """How a trunk tensor is stored, by its canonical name."""
+        return self._trunk[name]
+
+    def expert_modules(self, key: ExpertKey) -> Mapping[str, StoredModule]:
+        """How a routed expert's projections are stored."""
+        return self._experts[key]
+
     def _unusable(self, what: str) -> CheckpointError:
         return CheckpointError(
             f"{self.folder}: {what} is not there as this model needs it; k2lite info {self.folder} lists all problems"
@@ -155,7 +165,7 @@ class Checkpoint:
             uses[module.format.name] = FormatUse(before.tensors + 1, before.nbytes + module.nbytes)
         return table
 
-    def _modules_by_kind(self) -> Iterator[tuple[str, _Module]]:
+    def _modules_by_kind(self) -> Iterator[tuple[str, StoredModule]]:
         for name, module in self._trunk.items():
             yield _kind(name), module
         for modules in self._experts.values():
@@ -168,7 +178,7 @@ class Checkpoint:
         """Stored tensors as trunk (by canonical name, then suffix), experts (by key, projection, suffix), and a
         problem for each that is neither and is not known to be ignored."""
         schema = self.schema
-        ignored = [(re.compile(item.pattern), item.reason) for item in schema.ignored]
+        ignored = [(re.compile(item.pattern), item) for item in schema.ignored]
         layers = frozenset(schema.expert_layers)
         trunk: dict[str, dict[str, Stored]] = {}
         experts: dict[ExpertKey, dict[str, dict[str, Stored]]] = {}
@@ -185,11 +195,13 @@ class Checkpoint:
                 if owner in schema.trunk:
                     trunk.setdefault(owner, {})[suffix] = stored
                     continue
-            reason = next((reason for pattern, reason in ignored if pattern.fullmatch(stored_name)), None)
-            if reason is None:
+            item = next((item for pattern, item in ignored if pattern.fullmatch(stored_name)), None)
+            if item is None:
                 extra.append(f"{stored[0]}: tensor {stored_name} is not part of this model (see config.json)")
-            else:
-                self.ignored.setdefault(reason, []).append(stored_name)
+                continue
+            self.ignored.setdefault(item.reason, []).append(stored_name)
+            if item.carried:
+                self.carried[stored_name] = stored
         return trunk, experts, extra
 
     def _add_trunk(
@@ -236,7 +248,7 @@ class Checkpoint:
         declared: QuantizationConfig | None,
         *,
         quantizable: bool,
-    ) -> tuple[_Module, list[str]]:
+    ) -> tuple[StoredModule, list[str]]:
         stored_name = self.schema.prefix + name
         records = {suffix: record for suffix, (_, record) in parts.items()}
         format_found, found = module_format(stored_name, shape, records, declared, quantizable=quantizable)
@@ -244,7 +256,7 @@ class Checkpoint:
         for suffix, problem in found:
             file, record = parts[suffix] if suffix else next(iter(parts.values()))
             problems.append(f"{file}: {f'tensor {record.name}' if suffix else stored_name} {problem}")
-        return _Module(format_found, shape, parts), problems
+        return StoredModule(format_found, shape, parts), problems
 
     def _read(self, path: Path, record: TensorRecord) -> torch.Tensor:
         buffer = torch.empty(record.nbytes, dtype=torch.uint8)
@@ -273,7 +285,7 @@ def _trunk_owner(name: str) -> tuple[str, str]:
     return name, "weight"
 
 
-def _expert_nbytes(modules: Mapping[str, _Module]) -> int:
+def _expert_nbytes(modules: Mapping[str, StoredModule]) -> int:
     return sum(module.nbytes for module in modules.values())
 
 

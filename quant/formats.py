@@ -1,6 +1,6 @@
 """What a number format is: which stored tensors a matrix becomes, and the way there and back.
 
-One class a format, one file a family: plain.py, fp8.py, int4.py. Bit-exact against independent implementations.
+One class a format, one file a family: plain.py, fp8.py, packed_int.py. Bit-exact against independent implementations.
 Knows no layers, names of modules or devices.
 """
 
@@ -10,17 +10,29 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, RequestError
 
 Shape = tuple[int, ...]
 Parts = Mapping[str, torch.Tensor]
 
 FP8_NAME = "fp8_e4m3_b128"
-INT4_NAMES = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}  # and their group sizes
-FORMAT_NAMES = ("bf16", "f16", "f32", FP8_NAME, *INT4_NAMES)
+# Bits of a code, and the columns that share a scale; None: all of a row.
+PACKED_INT: dict[str, tuple[int, int | None]] = {
+    "int4_g32": (4, 32),
+    "int4_g64": (4, 64),
+    "int4_g128": (4, 128),
+    "int8_g128": (8, 128),
+    "int8_channel": (8, None),
+}
+FORMAT_NAMES = ("bf16", "f16", "f32", FP8_NAME, *PACKED_INT)
+
+# How scales are chosen: from the largest value, or as those of the smallest squared error.
+ScaleSearch = Literal["amax", "mse"]
+SCALE_SEARCHES: tuple[ScaleSearch, ...] = ("amax", "mse")
 
 
 class QuantFormat(ABC):
@@ -37,17 +49,28 @@ class QuantFormat(ABC):
         """The values, float32."""
 
     @abstractmethod
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Stored tensors of a float32 weight. Raises CheckpointError on NaN or infinity."""
+    def quantize(
+        self, weight: torch.Tensor, *, scale_search: ScaleSearch = "amax", importance: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Stored tensors of a floating-point weight. Raises CheckpointError on NaN or infinity, RequestError on a
+        scale_search or an importance that the format has no use for."""
 
     def nbytes(self, shape: Shape) -> int:
         return sum(dtype.itemsize * math.prod(part) for dtype, part in self.parts(shape).values())
 
     def _finite(self, weight: torch.Tensor) -> torch.Tensor:
         weight = weight.to(torch.float32)
-        if not torch.isfinite(weight).all():
-            raise CheckpointError(f"a weight holds NaN or infinity and can't be quantized to {self.name}")
+        self._demand_finite(weight)
         return weight.contiguous()
+
+    def _demand_finite(self, values: torch.Tensor) -> None:
+        if not torch.isfinite(values).all():
+            raise CheckpointError(f"a weight holds NaN or infinity and can't be quantized to {self.name}")
+
+    def _demand_no_search(self, scale_search: ScaleSearch, importance: torch.Tensor | None) -> None:
+        if scale_search != "amax" or importance is not None:
+            what = "importance" if scale_search == "amax" else f"scale_search {scale_search!r}"
+            raise RequestError(f"{self.name} has no scales to search: {what} is for {', '.join(PACKED_INT)}")
 
     def _rows_columns(self, shape: Shape) -> tuple[int, int]:
         if len(shape) != 2:
@@ -59,13 +82,13 @@ class QuantFormat(ABC):
 def format_named(name: str) -> QuantFormat:
     """The format called `name`, as in FORMAT_NAMES."""
     from .fp8 import Fp8Block
-    from .int4 import PackedInt4
+    from .packed_int import PackedInt
     from .plain import PLAIN_DTYPES, Plain
 
     if name in PLAIN_DTYPES:
         return Plain(name)
     if name == FP8_NAME:
         return Fp8Block()
-    if name in INT4_NAMES:
-        return PackedInt4(name)
+    if name in PACKED_INT:
+        return PackedInt(name)
     raise CheckpointError(f"number format {name!r} is unknown; known: {', '.join(FORMAT_NAMES)}")

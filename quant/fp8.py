@@ -1,7 +1,8 @@
 """FP8 E4M3 in blocks of 128 x 128 with one float32 scale each, as K2-Base, K2-Instruct and DeepSeek-V3 are stored.
 
-`weight_scale_inv` is what codes are multiplied by, in spite of its name. Blocks at the edges are cut off, not padded.
-Source: DeepSeek-V3's README_WEIGHTS.md and inference/kernel.py.
+The scale is what codes are multiplied by, in spite of the name weight_scale_inv that it has there; compressed-tensors
+calls the same numbers weight_scale. Blocks at the edges are cut off, not padded.
+Source: DeepSeek-V3's README_WEIGHTS.md and inference/kernel.py; compressed-tensors' strategy "block".
 """
 
 from __future__ import annotations
@@ -10,27 +11,36 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .formats import FP8_NAME, Parts, QuantFormat, Shape
+from .formats import FP8_NAME, Parts, QuantFormat, ScaleSearch, Shape
+from .types import QuantTensor
 
 BLOCK = 128
 E4M3_MAX = 448.0
+SCALE = "weight_scale_inv"
+COMPRESSED_TENSORS_SCALE = "weight_scale"
 
 
 @dataclass(frozen=True)
 class Fp8Block(QuantFormat):
-    """weight F8_E4M3 [out, in], weight_scale_inv F32 [ceil(out / 128), ceil(in / 128)]."""
+    """weight F8_E4M3 [out, in], weight_scale_inv F32 [ceil(out / 128), ceil(in / 128)].
+
+    `scale_suffix` is the name of the second in the checkpoint, SCALE or COMPRESSED_TENSORS_SCALE."""
 
     name: str = field(default=FP8_NAME, init=False)
+    scale_suffix: str = SCALE
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
         blocks = tuple(-(-size // BLOCK) for size in self._rows_columns(shape))
-        return {"weight": (torch.float8_e4m3fn, shape), "weight_scale_inv": (torch.float32, blocks)}
+        return {"weight": (torch.float8_e4m3fn, shape), self.scale_suffix: (torch.float32, blocks)}
 
     def dequantize(self, parts: Parts, shape: Shape) -> torch.Tensor:
-        return parts["weight"].to(torch.float32) * _spread(parts["weight_scale_inv"], shape)
+        return parts["weight"].to(torch.float32) * _spread(parts[self.scale_suffix], shape)
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(
+        self, weight: torch.Tensor, *, scale_search: ScaleSearch = "amax", importance: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """scale = amax / 448 of each block; a block of zeros, or so small that this is zero, has scale 1."""
+        self._demand_no_search(scale_search, importance)
         rows, columns = self._rows_columns(weight.shape)
         weight = self._finite(weight)
         padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
@@ -39,7 +49,14 @@ class Fp8Block(QuantFormat):
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         # a quotient may round above 448, which the format can't hold
         codes = (weight / _spread(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX)
-        return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale_inv": scale}
+        return {"weight": codes.to(torch.float8_e4m3fn), self.scale_suffix: scale}
+
+
+def with_scale_named(tensor: QuantTensor, scale_suffix: str) -> QuantTensor:
+    """A tensor of this format under the other name of its scale. The bytes are the same ones."""
+    target = Fp8Block(scale_suffix)
+    renamed = zip(target.parts(tensor.shape), tensor.format.parts(tensor.shape), strict=True)
+    return QuantTensor(target, tensor.shape, {new: tensor.parts[old] for new, old in renamed})
 
 
 def _spread(scale: torch.Tensor, shape: Shape) -> torch.Tensor:

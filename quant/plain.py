@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import CheckpointError
-from .formats import Parts, QuantFormat, Shape
+from .formats import Parts, QuantFormat, ScaleSearch, Shape
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -24,8 +24,11 @@ class Plain(QuantFormat):
     def dequantize(self, parts: Parts, shape: Shape) -> torch.Tensor:
         return parts["weight"].to(torch.float32).view(shape)
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(
+        self, weight: torch.Tensor, *, scale_search: ScaleSearch = "amax", importance: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Rounded to the nearest; a number too large for the format is an error, never an infinity."""
+        self._demand_no_search(scale_search, importance)
         rounded = self._finite(weight).to(PLAIN_DTYPES[self.name])
         if not torch.isfinite(rounded).all():
             raise CheckpointError(f"a weight holds {weight.abs().max():g}, which is too large for {self.name}")

@@ -15,7 +15,8 @@ from typing import Any
 
 from .errors import ConfigError
 from .file_reading import shown
-from .formats import FP8_NAME, INT4_NAMES
+from .formats import FP8_NAME, PACKED_INT
+from .fp8 import COMPRESSED_TENSORS_SCALE, SCALE
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,28 @@ class QuantGroup:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """`groups` is empty for FP8: there the presence of weight_scale_inv tells which modules are quantized."""
+    """`groups` is empty for method "fp8": there the presence of a scale tells which modules are quantized."""
 
     method: str
     groups: tuple[QuantGroup, ...]
     ignore: ModuleMatcher
 
+    def format_of(self, module: str) -> str | None:
+        """The quantized format that a Linear `module` has if it has any, as stored names go; None: it has none."""
+        if self.method == "fp8":
+            return FP8_NAME
+        if self.ignore.matches(module):
+            return None
+        return next((group.format_name for group in self.groups if group.targets.matches(module)), None)
+
     def allows(self, module: str, format_name: str) -> bool:
         """Whether a Linear `module` may be stored in this quantized format, as stored names go."""
-        if self.method == "fp8":
-            return format_name == FP8_NAME
-        if self.ignore.matches(module):
-            return False
-        found = next((group for group in self.groups if group.targets.matches(module)), None)
-        return found is not None and found.format_name == format_name
+        return self.format_of(module) == format_name
+
+    @property
+    def fp8_scale_suffix(self) -> str:
+        """What this dialect calls the scales of FP8 blocks."""
+        return SCALE if self.method == "fp8" else COMPRESSED_TENSORS_SCALE
 
 
 def parse_quantization_config(raw: Mapping[str, Any] | None, source: Path) -> QuantizationConfig | None:
@@ -83,7 +92,7 @@ def _fp8(raw: Mapping[str, Any], source: Path) -> QuantizationConfig:
 
 
 def _compressed_tensors(raw: Mapping[str, Any], source: Path) -> QuantizationConfig:
-    _demand(raw, source, "", "format", ("pack-quantized",))
+    _demand(raw, source, "", "format", ("pack-quantized", "mixed-precision"))
     _demand(raw, source, "", "quantization_status", ("compressed", None))
     _demand(raw, source, "", "kv_cache_scheme", (None,))
     _demand(raw, source, "", "sparsity_config", (None, {}))
@@ -92,30 +101,54 @@ def _compressed_tensors(raw: Mapping[str, Any], source: Path) -> QuantizationCon
     groups = raw.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise _unsupported(source, "config_groups", groups, "an object of groups")
+    # a group may leave its format to the whole's, unless that says that each names its own
+    formats = ("pack-quantized", "float-quantized") if raw["format"] == "mixed-precision" else ("pack-quantized", None)
     return QuantizationConfig(
         "compressed-tensors",
-        tuple(_group(group, source, f"config_groups.{name}.") for name, group in groups.items()),
+        tuple(_group(group, formats, source, f"config_groups.{name}.") for name, group in groups.items()),
         ModuleMatcher(_strings(raw.get("ignore", []), source, "ignore")),
     )
 
 
-def _group(group: Mapping[str, Any], source: Path, at: str) -> QuantGroup:
+def _group(group: Mapping[str, Any], formats: tuple[str | None, ...], source: Path, at: str) -> QuantGroup:
     for key in ("input_activations", "output_activations"):
         _demand(group, source, at, key, (None,))
-    _demand(group, source, at, "format", ("pack-quantized", None))
+    _demand(group, source, at, "format", formats)
     weights = group.get("weights")
     if not isinstance(weights, dict):
         raise _unsupported(source, f"{at}weights", weights, "an object")
-    at_weights = f"{at}weights."
-    _demand(weights, source, at_weights, "num_bits", (4,))
-    _demand(weights, source, at_weights, "type", ("int",))
-    _demand(weights, source, at_weights, "symmetric", (True, None))
-    _demand(weights, source, at_weights, "strategy", ("group",))
-    _demand(weights, source, at_weights, "dynamic", (False, None))
-    _demand(weights, source, at_weights, "actorder", (None,))
-    _demand(weights, source, at_weights, "group_size", tuple(INT4_NAMES.values()))
-    name = next(name for name, size in INT4_NAMES.items() if size == weights["group_size"])
+    kind = _fp8_blocks if group.get("format") == "float-quantized" else _packed_integers
+    name = kind(weights, source, f"{at}weights.")
     return QuantGroup(ModuleMatcher(_strings(group.get("targets"), source, f"{at}targets")), name)
+
+
+def _fp8_blocks(weights: Mapping[str, Any], source: Path, at: str) -> str:
+    _demand(weights, source, at, "num_bits", (8,))
+    _demand(weights, source, at, "type", ("float",))
+    _demand(weights, source, at, "strategy", ("block",))
+    _demand(weights, source, at, "block_structure", ([128, 128],))
+    _demand(weights, source, at, "group_size", (None,))
+    _demand_plain_scales(weights, source, at)
+    return FP8_NAME
+
+
+def _packed_integers(weights: Mapping[str, Any], source: Path, at: str) -> str:
+    _demand(weights, source, at, "num_bits", tuple(sorted({bits for bits, _ in PACKED_INT.values()})))
+    _demand(weights, source, at, "type", ("int",))
+    names = {size: name for name, (bits, size) in PACKED_INT.items() if bits == weights["num_bits"]}
+    _demand(weights, source, at, "strategy", ("group", "channel") if None in names else ("group",))
+    sizes = (None,) if weights["strategy"] == "channel" else tuple(size for size in names if size is not None)
+    _demand(weights, source, at, "group_size", sizes)
+    _demand(weights, source, at, "block_structure", (None,))
+    _demand_plain_scales(weights, source, at)
+    return names[weights.get("group_size")]
+
+
+def _demand_plain_scales(weights: Mapping[str, Any], source: Path, at: str) -> None:
+    """No zero points, no scales made anew for each input, no reordered columns."""
+    _demand(weights, source, at, "symmetric", (True, None))
+    _demand(weights, source, at, "dynamic", (False, None))
+    _demand(weights, source, at, "actorder", (None,))
 
 
 def _strings(value: Any, source: Path, key: str) -> tuple[str, ...]:

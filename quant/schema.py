@@ -16,10 +16,12 @@ class TrunkSpec:
 
 @dataclass(frozen=True, slots=True)
 class IgnoredTensor:
-    """Stored names that match `pattern` in full are known and not needed, for `reason`."""
+    """Stored names that match `pattern` in full are known and not needed to run the text model, for `reason`. What is
+    `carried` is a part of the model that a copy of the folder must not lose."""
 
     pattern: str
     reason: str
+    carried: bool = False
 
 
 @dataclass(frozen=True, slots=True)

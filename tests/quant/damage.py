@@ -23,7 +23,7 @@ DECLARED = {"bf16": None, "f32": None, "fp8": FP8_CONFIG, "int4": INT4_CONFIG}
 EXPERT_SHAPES = {"gate_proj": (96, 160), "up_proj": (96, 160), "down_proj": (160, 96)}
 
 
-def schema_of(weights: Weights, prefix: str = "") -> CheckpointSchema:
+def schema_of(weights: Weights, prefix: str = "", *, hidden: int = 160, width: int = 96) -> CheckpointSchema:
     """Written from the weights themselves, not by the code that makes schemas from configs."""
     plain = ("norm.weight", "embed_tokens.weight", "mlp.gate.weight", "bias")
     return CheckpointSchema(
@@ -35,8 +35,8 @@ def schema_of(weights: Weights, prefix: str = "") -> CheckpointSchema:
         },
         expert_layers=(1,),
         n_routed_experts=4,
-        hidden_size=160,
-        moe_intermediate_size=96,
+        hidden_size=hidden,
+        moe_intermediate_size=width,
         ignored=(
             IgnoredTensor(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary frequencies"),
             IgnoredTensor(r"vision_tower\..*", "vision"),

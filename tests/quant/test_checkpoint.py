@@ -108,11 +108,15 @@ def test_missing_bias_of_the_router(folder: Path) -> None:
 @pytest.mark.parametrize("module", [Q_A, EXPERT])
 def test_scale_without_weight_and_weight_without_scale(folder: Path, module: str) -> None:
     path = remove(folder, f"{module}.weight")
-    assert f"{module} has weight_scale_inv, expected weight; or weight, weight_scale_inv" in the_problem(folder)
+    assert (
+        f"{module} has weight_scale_inv, expected weight; or weight, weight_scale_inv; or weight, weight_scale; or"
+        in the_problem(folder)
+    )
     add(folder, f"{module}.weight", torch.zeros(40, 160, dtype=torch.float8_e4m3fn), to=f"{module}.weight_scale_inv")
     remove(folder, f"{module}.weight_scale_inv")
     problem = the_problem(folder)
-    assert f"{module} has a weight of dtype float8_e4m3fn, expected a weight_scale_inv beside it" in problem
+    expected = "expected a weight_scale_inv (or, in compressed-tensors, weight_scale) beside it"
+    assert f"{module} has a weight of dtype float8_e4m3fn, {expected}" in problem
     assert path.exists()
 
 
@@ -230,7 +234,10 @@ class TestDeclaration:
         remove(folder, "model.norm.weight")
         for suffix in ("weight_packed", "weight_scale", "weight_shape"):
             add(folder, f"model.norm.{suffix}", torch.ones(2))
-        assert "model.norm has weight_scale of shape [2]" in the_problem(folder)
+        assert (
+            "model.norm has weight_packed of shape [2] and weight_scale of shape [2], which none of int4_g32"
+            in the_problem(folder)
+        )
 
     def test_an_ignored_module_must_not_be_packed(self, tmp_path: Path) -> None:
         folder = tmp_path / "model"
@@ -242,14 +249,37 @@ class TestDeclaration:
         add(folder, f"{module}.weight_shape", torch.tensor([96, 160], dtype=torch.int32))
         assert f"{module} is stored as int4_g32, which config.json's quantization_config" in the_problem(folder, "int4")
 
-    def test_another_group_size_than_declared(self, tmp_path: Path) -> None:
-        folder = tmp_path / "model"
+    @pytest.mark.parametrize(
+        ("suffix", "value", "expected"),
+        [
+            ("weight_scale", lambda t: t[:, :1], "has shape [160, 1], expected [160, 3]"),
+            ("weight_scale", lambda t: t.flatten(), "has shape [480], expected [160, 3]"),
+            ("weight_scale", lambda t: t.float(), "has dtype float32, expected bfloat16"),
+            ("weight_packed", lambda t: t[:, 1:], "has shape [160, 11], expected [160, 12]"),
+        ],
+    )
+    def test_packed_tensors_of_other_shapes_than_declared(
+        self, tmp_path: Path, suffix: str, value: Callable[[torch.Tensor], torch.Tensor], expected: str
+    ) -> None:
+        folder, name = tmp_path / "model", f"model.layers.1.mlp.experts.0.down_proj.{suffix}"
         write_checkpoint(folder, CONFIG, WEIGHTS, format="int4")
-        change(folder, "model.layers.1.mlp.experts.0.down_proj.weight_scale", lambda t: t[:, :1])
-        problem = the_problem(folder, "int4")
-        assert (
-            "down_proj has weight_scale of shape [160, 1], expected one scale for each 32, 64, 128 columns" in problem
-        )
+        change(folder, name, value)
+        assert the_problem(folder, "int4") == f"{shard_of(folder, name)}: tensor {name} {expected}"
+
+    def test_another_width_than_declared(self, tmp_path: Path) -> None:
+        folder, module = tmp_path / "model", "model.layers.1.mlp.experts.0.down_proj"
+        write_checkpoint(folder, CONFIG, WEIGHTS, format="int4")
+        change(folder, f"{module}.weight_packed", lambda t: t.repeat(1, 2))
+        change(folder, f"{module}.weight_scale", lambda t: t[:, :1])
+        assert f"{module} is stored as int8_channel, which config.json's quant" in the_problem(folder, "int4")
+
+    def test_compressed_tensors_name_of_the_scale_under_method_fp8(self, folder: Path) -> None:
+        path = shard_of(folder, f"{Q_A}.weight_scale_inv")
+        scale = load_file(path)[f"{Q_A}.weight_scale_inv"]
+        remove(folder, f"{Q_A}.weight_scale_inv")
+        add(folder, f"{Q_A}.weight_scale", scale, to=f"{Q_A}.weight")
+        expected = f"tensor {Q_A}.weight_scale must be named weight_scale_inv with quant_method 'fp8'"
+        assert the_problem(folder).endswith(expected)
 
 
 class TestWeightShape:

@@ -1,4 +1,4 @@
-"""Number formats against numpy, the golden vectors and the compressed-tensors package."""
+"""What all number formats promise; plain numbers and FP8 blocks against numpy and the golden vectors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 
-from k2lite.quant.errors import CheckpointError
-from k2lite.quant.formats import FORMAT_NAMES, INT4_NAMES, QuantFormat, format_named
-from k2lite.quant.int4 import pack, unpack
+from k2lite.quant.errors import CheckpointError, RequestError
+from k2lite.quant.formats import FORMAT_NAMES, format_named
+from k2lite.quant.fp8 import Fp8Block, with_scale_named
+from k2lite.quant.types import QuantTensor
+from tests.quant.numbers_in_numpy import bf16_round, random_matrix
 
 FP8 = format_named("fp8_e4m3_b128")
 
@@ -37,23 +38,6 @@ def nearest_e4m3(x: np.ndarray) -> np.ndarray:
     up = (np.abs(x) > middle) | ((np.abs(x) == middle) & (above % 2 == 0))
     code = np.where(up, above, above - 1)
     return np.where(np.signbit(x), code + 128, code).astype(np.uint8)
-
-
-def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """Round float32 to bfloat16, nearest even, as 16 bits."""
-    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def bf16_round(x: np.ndarray) -> np.ndarray:
-    return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
-
-
-def random_matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    generator = np.random.default_rng(seed)
-    # rows of very different sizes, so that a wrong block or group is seen
-    sizes = 10.0 ** generator.uniform(-3, 3, (rows, 1))
-    return torch.from_numpy((generator.standard_normal((rows, columns)) * sizes).astype(np.float32))
 
 
 @pytest.mark.parametrize("name", FORMAT_NAMES)
@@ -94,6 +78,16 @@ def test_memory_order_of_the_weight_makes_no_difference(name: str) -> None:
     flipped = weight.t().contiguous().t()
     for suffix, part in format_named(name).quantize(weight).items():
         assert torch.equal(part.view(torch.uint8), format_named(name).quantize(flipped)[suffix].view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "f32", "fp8_e4m3_b128"])
+def test_formats_without_a_search_refuse_it(name: str) -> None:
+    weight = random_matrix(4, 128)
+    expected = f"{name} has no scales to search: scale_search 'mse' is for int4_g32, .*int8_channel"
+    with pytest.raises(RequestError, match=expected):
+        format_named(name).quantize(weight, scale_search="mse")
+    with pytest.raises(RequestError, match=f"{name} has no scales to search: importance is for"):
+        format_named(name).quantize(weight, importance=torch.ones(128))
 
 
 class TestPlain:
@@ -155,88 +149,19 @@ class TestFp8:
     def test_a_block_of_zeros_has_scale_one(self) -> None:
         assert FP8.quantize(torch.zeros(3, 200))["weight_scale_inv"].tolist() == [[1.0, 1.0]]
 
-
-class TestInt4:
-    @pytest.mark.parametrize("name", INT4_NAMES)
-    @pytest.mark.parametrize("rows", [1, 24])
-    def test_groups_against_numpy(self, name: str, rows: int) -> None:
-        fmt, size = format_named(name), INT4_NAMES[name]
-        weight = random_matrix(rows, 256)
-        parts = fmt.quantize(weight)
-        groups = weight.numpy().reshape(rows, -1, size)
-        scale = bf16_round(np.abs(groups).max(-1) / np.float32(7))
-        np.testing.assert_array_equal(parts["weight_scale"].float().numpy(), scale)
-        codes = np.rint(groups / scale[..., None]).clip(-7, 7).astype(np.int64).reshape(rows, 256)
-        packed = parts["weight_packed"].numpy().view(np.uint8)  # two codes a byte, the lower column in the low nibble
-        np.testing.assert_array_equal((packed & 15).astype(np.int64) - 8, codes[:, 0::2])
-        np.testing.assert_array_equal((packed >> 4).astype(np.int64) - 8, codes[:, 1::2])
-        assert parts["weight_shape"].tolist() == [rows, 256]
-        exact = codes.reshape(groups.shape) * scale.astype(np.float64)[..., None]
-        np.testing.assert_array_equal(
-            fmt.dequantize(parts, (rows, 256)).numpy(), exact.reshape(rows, 256).astype(np.float32)
-        )
-
-    def test_the_published_example(self, shared: Path) -> None:
-        golden = json.loads((shared / "data/derived/block_golden.json").read_text())["compressed_tensors_int4"]
-        codes, words = torch.tensor(golden["codes"]), torch.tensor(golden["packed_int32"], dtype=torch.int32)
-        assert torch.equal(pack(codes), words)
-        assert torch.equal(pack(codes.t().contiguous().t()), words)
-        assert torch.equal(unpack(words), codes.float())
-
-    def test_packing_equals_the_compressed_tensors_package(self) -> None:
-        helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-        codes = torch.from_numpy(np.random.default_rng(1).integers(-8, 8, (48, 256), dtype=np.int8))
-        words = helpers.pack_to_int32(codes, 4)
-        assert torch.equal(pack(codes), words)
-        assert torch.equal(unpack(words), helpers.unpack_from_int32(words, 4, codes.shape).float())
-
-    @given(seed=st.integers(0, 2**32), name=st.sampled_from(sorted(INT4_NAMES)))
-    @settings(max_examples=30, deadline=None)
-    def test_what_lies_on_moonshots_grid_comes_back_exactly(self, seed: int, name: str) -> None:
-        """Quantization-aware training leaves codes -7..7 whose largest is 7: quantizing those again loses nothing."""
-        fmt, size = format_named(name), INT4_NAMES[name]
-        random = np.random.default_rng(seed)
-        codes = random.integers(-7, 8, (4, 256 // size, size))
-        codes[..., random.integers(size)] = random.choice([-7, 7], codes.shape[:-1])
-        scale = torch.from_numpy(10.0 ** random.uniform(-30, 30, codes.shape[:-1])).to(torch.bfloat16)
-        weight = (torch.from_numpy(codes) * scale.float()[..., None]).float().view(4, 256)
-        parts = fmt.quantize(weight)
-        assert torch.equal(parts["weight_scale"], scale)
-        assert torch.equal(unpack(parts["weight_packed"]), torch.from_numpy(codes.reshape(4, 256)).float())
-        assert torch.equal(fmt.dequantize(parts, (4, 256)), weight)
-
-    @given(seed=st.integers(0, 2**32))
-    @settings(max_examples=30, deadline=None)
-    def test_the_error_is_at_most_half_a_step(self, seed: int) -> None:
-        fmt = format_named("int4_g32")
-        weight = random_matrix(4, 64, seed)
-        parts = fmt.quantize(weight)
-        step = parts["weight_scale"].float().repeat_interleave(32, 1)
-        # a scale that BF16 rounded down by up to 2^-9 leaves the largest weight 7 * 2^-9 of a step beyond the grid
-        assert ((fmt.dequantize(parts, (4, 64)) - weight).abs() <= step * 0.5001).all()
-
-    @pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-40, 3.4028234e38])
-    def test_extreme_groups_stay_finite(self, amax: float) -> None:
-        fmt = format_named("int4_g32")
-        weight = torch.zeros(1, 64)
-        weight[0, 5], weight[0, 40] = -amax, 1.0
-        parts = fmt.quantize(weight)
-        value = fmt.dequantize(parts, (1, 64))
-        assert (parts["weight_scale"] > 0).all()
-        assert torch.isfinite(value).all()
-        assert value[0, 40] == pytest.approx(1.0, rel=2**-8)
-        assert value[0, 5].item() == pytest.approx(-amax, rel=2**-7, abs=1e-40)
-
-    def test_code_minus_eight_is_read(self) -> None:
-        fmt = format_named("int4_g32")
-        parts = {
-            "weight_packed": torch.zeros(1, 4, dtype=torch.int32),
-            "weight_scale": torch.tensor([[0.5]], dtype=torch.bfloat16),
-        }
-        assert fmt.dequantize(parts, (1, 32)).unique().tolist() == [-4.0]
-
-    @pytest.mark.parametrize("name", INT4_NAMES)
-    def test_rows_that_are_no_whole_groups_are_refused(self, name: str) -> None:
-        fmt: QuantFormat = format_named(name)
-        with pytest.raises(CheckpointError, match=f"multiple of {INT4_NAMES[name]} columns, found 200"):
-            fmt.quantize(torch.ones(8, 200))
+    def test_compressed_tensors_name_of_the_scale_changes_nothing_else(self) -> None:
+        """Shape [129, 300]: edge blocks both ways."""
+        weight, ours, theirs = random_matrix(129, 300), Fp8Block(), Fp8Block("weight_scale")
+        parts = ours.quantize(weight)
+        renamed = theirs.quantize(weight)
+        assert list(parts) == ["weight", "weight_scale_inv"]
+        assert list(renamed) == ["weight", "weight_scale"]
+        assert torch.equal(parts["weight_scale_inv"], renamed["weight_scale"])
+        assert torch.equal(theirs.dequantize(renamed, (129, 300)), ours.dequantize(parts, (129, 300)))
+        assert (ours.name, ours.nbytes((129, 300))) == (theirs.name, theirs.nbytes((129, 300)))
+        there = with_scale_named(QuantTensor(ours, (129, 300), parts), "weight_scale")
+        assert there.format == theirs
+        assert there.parts["weight_scale"] is parts["weight_scale_inv"]
+        assert there.parts["weight"] is parts["weight"]
+        back = with_scale_named(there, "weight_scale_inv")
+        assert (back.format, dict(back.parts)) == (ours, parts)

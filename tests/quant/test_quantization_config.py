@@ -25,7 +25,11 @@ def parse(raw: Any) -> QuantizationConfig:
 
 def int4_with(path: str, value: Any) -> dict[str, Any]:
     """INT4_CONFIG with one value changed, its place written with dots."""
-    raw = copy.deepcopy(INT4_CONFIG)
+    return changed(INT4_CONFIG, path, value)
+
+
+def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    raw = copy.deepcopy(config)
     *parents, last = path.split(".")
     at: Any = raw
     for key in parents:
@@ -35,6 +39,45 @@ def int4_with(path: str, value: Any) -> dict[str, Any]:
 
 
 WEIGHTS = "config_groups.group_0.weights"
+# INT4 experts beside a kept FP8 trunk, written out: what declaration.py makes must not be its own judge.
+MIXED_CONFIG: dict[str, Any] = changed(
+    {
+        **INT4_CONFIG,
+        "format": "mixed-precision",
+        "config_groups": {
+            "group_0": {
+                **INT4_CONFIG["config_groups"]["group_0"],  # type: ignore[index]
+                "targets": [r"re:.*mlp\.experts\..*"],
+                "format": "pack-quantized",
+            },
+            "group_1": {
+                "targets": ["Linear"],
+                "format": "float-quantized",
+                "weights": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "block",
+                    "block_structure": [128, 128],
+                    "dynamic": False,
+                },
+            },
+        },
+    },
+    "ignore",
+    ["lm_head", r"re:.*mlp\.gate$"],
+)
+BLOCKS = "config_groups.group_1.weights"
+EXPERT, SHARED = "model.layers.1.mlp.experts.0.gate_proj", "model.layers.1.mlp.shared_experts.gate_proj"
+ALL_NAMES = ("int4_g32", "int4_g64", "int4_g128", "int8_g128", "int8_channel", "fp8_e4m3_b128")
+
+
+def int8_with(path: str, value: Any, *, strategy: str = "group") -> dict[str, Any]:
+    """8 bits in groups of 128, or a scale a row, with one value of the weights changed."""
+    raw = int4_with(f"{WEIGHTS}.num_bits", 8)
+    size = None if strategy == "channel" else 128
+    raw = changed(changed(raw, f"{WEIGHTS}.strategy", strategy), f"{WEIGHTS}.group_size", size)
+    return changed(raw, f"{WEIGHTS}.{path}", value)
 
 
 def test_none_declares_nothing() -> None:
@@ -82,7 +125,13 @@ def test_fp8_variants_that_are_accepted(extra: dict[str, Any]) -> None:
         (FP8_CONFIG | {"fmt": "e5m2"}, "fmt is 'e5m2'; supported: 'e4m3', absent"),
         (FP8_CONFIG | {"activation_scheme": "static"}, "activation_scheme is 'static'; supported: 'dynamic'"),
         (FP8_CONFIG | {"scale_fmt": "e3m4"}, "scale_fmt is 'e3m4'"),
-        (int4_with("format", "int-quantized"), "format is 'int-quantized'; supported: 'pack-quantized'"),
+        (
+            int4_with("format", "int-quantized"),
+            "format is 'int-quantized'; supported: 'pack-quantized', 'mixed-precision'",
+        ),
+        (int4_with("format", "float-quantized"), "format is 'float-quantized'; supported: 'pack-quantized'"),
+        (int4_with("format", "mixed-precision"), r"group_0\.format is None; supported: 'pack-quantized', 'float-q"),
+        (int4_with("config_groups.group_0.format", "float-quantized"), "supported: 'pack-quantized', absent"),
         (int4_with("format", "mxfp4-pack-quantized"), "format is 'mxfp4-pack-quantized'"),
         (int4_with("quantization_status", "frozen"), "quantization_status is 'frozen'; supported: 'compressed'"),
         (int4_with("kv_cache_scheme", {"num_bits": 8}), "kv_cache_scheme"),
@@ -95,7 +144,10 @@ def test_fp8_variants_that_are_accepted(extra: dict[str, Any]) -> None:
         (int4_with("config_groups.group_0.weights", None), r"group_0\.weights is None; supported: an object"),
         (int4_with("config_groups.group_0.input_activations", {"num_bits": 8}), r"group_0\.input_activations"),
         (int4_with("config_groups.group_0.output_activations", {}), r"group_0\.output_activations"),
-        (int4_with(f"{WEIGHTS}.num_bits", 8), r"weights\.num_bits is 8; supported: 4"),
+        (int4_with(f"{WEIGHTS}.num_bits", 3), r"weights\.num_bits is 3; supported: 4, 8"),
+        (int4_with(f"{WEIGHTS}.num_bits", None), r"weights\.num_bits is None"),
+        (int4_with(f"{WEIGHTS}.num_bits", 8), r"weights\.group_size is 32; supported: 128"),
+        (int4_with(f"{WEIGHTS}.block_structure", [128, 128]), r"weights\.block_structure is .*; supported: absent"),
         (int4_with(f"{WEIGHTS}.num_bits", 4.0), r"weights\.num_bits is 4\.0"),
         (int4_with(f"{WEIGHTS}.type", "float"), r"weights\.type is 'float'; supported: 'int'"),
         (int4_with(f"{WEIGHTS}.symmetric", False), r"weights\.symmetric is False; supported: True"),
@@ -126,6 +178,52 @@ def test_the_group_size_names_the_format(size: int, name: str) -> None:
     parsed = parse(int4_with(f"{WEIGHTS}.group_size", size))
     module = "model.layers.1.mlp.experts.0.gate_proj"
     assert [n for n in ("int4_g32", "int4_g64", "int4_g128", "fp8_e4m3_b128") if parsed.allows(module, n)] == [name]
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("group", "int8_g128"), ("channel", "int8_channel")])
+def test_eight_bits_are_told_by_their_strategy(strategy: str, name: str) -> None:
+    parsed = parse(int8_with("type", "int", strategy=strategy))
+    assert parsed.format_of(EXPERT) == name
+    assert [n for n in ALL_NAMES if parsed.allows(EXPERT, n)] == [name]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (int8_with("group_size", 64), r"weights\.group_size is 64; supported: 128"),
+        (int8_with("group_size", None), r"weights\.group_size is None; supported: 128"),
+        (int8_with("group_size", 128, strategy="channel"), r"weights\.group_size is 128; supported: absent"),
+        (int8_with("strategy", "tensor"), r"weights\.strategy is 'tensor'; supported: 'group', 'channel'"),
+        (int8_with("symmetric", False, strategy="channel"), r"weights\.symmetric is False"),
+        (int8_with("dynamic", True, strategy="channel"), r"weights\.dynamic is True"),
+        (int8_with("actorder", "weight"), r"weights\.actorder is 'weight'"),
+        (int8_with("type", "float"), r"weights\.type is 'float'; supported: 'int'"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.num_bits", 4), r"group_1\.weights\.num_bits is 4; supported: 8"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.type", "int"), r"group_1\.weights\.type is 'int'; supported: 'float'"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.strategy", "channel"), r"strategy is 'channel'; supported: 'block'"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.block_structure", [64, 64]), r"block_structure is \[64, 64\]; supported"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.block_structure", None), r"block_structure is None; supported"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.group_size", 128), r"group_1\.weights\.group_size is 128"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.symmetric", False), r"group_1\.weights\.symmetric is False"),
+        (changed(MIXED_CONFIG, f"{BLOCKS}.dynamic", True), r"group_1\.weights\.dynamic is True"),
+        (changed(MIXED_CONFIG, "config_groups.group_1.format", None), r"group_1\.format is None; supported: 'pack"),
+        (changed(MIXED_CONFIG, "config_groups.group_1.format", "pack-quantized"), r"type is 'float'; supported: 'int"),
+        (changed(MIXED_CONFIG, "config_groups.group_1.format", "int-quantized"), r"group_1\.format is 'int-quant"),
+        (changed(MIXED_CONFIG, "config_groups.group_1.input_activations", {}), r"group_1\.input_activations"),
+        (changed(MIXED_CONFIG, "format", "pack-quantized"), r"group_1\.format is 'float-quantized'"),
+    ],
+)
+def test_what_is_refused_in_eight_bits(raw: Any, message: str) -> None:
+    test_what_is_refused_names_key_value_and_what_is_supported(raw, message)
+
+
+def test_int4_experts_beside_fp8() -> None:
+    parsed = parse(MIXED_CONFIG)
+    assert (parsed.format_of(EXPERT), parsed.format_of(SHARED)) == ("int4_g32", "fp8_e4m3_b128")
+    assert (parsed.format_of("lm_head"), parsed.format_of("model.layers.1.mlp.gate")) == (None, None)
+    assert parsed.fp8_scale_suffix == "weight_scale"
+    assert parse(FP8_CONFIG).fp8_scale_suffix == "weight_scale_inv"
+    assert parse(FP8_CONFIG).format_of(EXPERT) == "fp8_e4m3_b128"
 
 
 @pytest.mark.parametrize("prefix", ["", "language_model."])

@@ -1,0 +1,262 @@
+"""Writes a quantized folder in one pass over the source, and goes on where a run was cut off.
+
+Invariant: whatever happens in between, what lies under a final name is whole and synced, and a run that was cut off
+and resumed ends with the bytes of one that was not. Memory does not grow with the number of layers. Order: bytes,
+fsync, journal, fsync, rename; then the small files, the index and config.json last, so that an unfinished folder is no
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from .conversion import Damage, convert, read_blocks
+from .errors import CheckpointError, RequestError
+from .file_reading import read_exactly
+from .journal import JOURNAL_NAME, Journal, demand_same
+from .quantization_plan import OutputShard, Piece, QuantizationPlan
+from .read_ahead import read_ahead
+from .safetensors_file import TensorRecord
+from .shard_writer import PARTIAL, ShardWriter, file_bytes, write_whole
+from .shards import INDEX_NAME
+from .types import QuantTensor
+
+MANIFEST_NAME = "k2lite_manifest.json"
+CONFIG_NAME = "config.json"
+UNVERIFIED = "unverified"
+READ_AHEAD_BLOCKS = 3
+# Bytes between two syncs: what a lost machine costs. A sync of this much takes a tenth of a second.
+SYNC_BYTES = 256 << 20
+COPY_BYTES = 16 << 20
+
+
+@dataclass
+class Progress:
+    """Where a run is. Bytes are of this run, without what was there already."""
+
+    piece: str = ""
+    read_bytes: int = 0
+    written_bytes: int = 0
+    done_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """`source` is what the source was when the plan was made, by file: a resumed run must find the same. `config` is
+    the new folder's config.json. `source_folder`'s other files are carried along."""
+
+    plan: QuantizationPlan
+    source_folder: Path
+    source: Mapping[str, str]
+    config: Mapping[str, Any]
+    destination: Path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"settings": self.plan.recipe.as_dict(), "source": dict(self.source)}
+
+
+@dataclass
+class _Run:
+    job: Job
+    journal: Journal
+    lines: list[dict[str, Any]]
+    report: Callable[[Progress], None]
+    # one thread for the whole run: the C library gives each new one a heap of its own
+    reader: ThreadPoolExecutor
+    progress: Progress = field(default_factory=Progress)
+
+
+def source_identity(files: Mapping[str, Path]) -> dict[str, str]:
+    """Size and time of change of each file: what tells that a source is the one that a run was begun with."""
+    return {name: f"{path.stat().st_size} bytes, changed {path.stat().st_mtime_ns} ns" for name, path in files.items()}
+
+
+def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> Progress:
+    """Do the whole job. With `resume`, go on behind what an earlier run of the same job has put on the disk; on an
+    absent folder it simply begins. Raises RequestError if the folder is in use, holds something else, or was begun
+    with other settings; CheckpointError where bytes can't be read or written."""
+    _demand_usable(job.destination, resume)
+    journal = Journal(job.destination)
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        first, lines = journal.read()
+        if first is None:
+            _demand_space(job, 0)
+            journal.begin(job.identity)
+        else:
+            demand_same(first, job.identity, job.destination)
+        run = _Run(job, journal, lines, report, reader)
+        for number, shard in enumerate(job.plan.shards):
+            _write_shard(run, number, shard)
+        _write_small_files(run)
+        journal.remove()
+        return run.progress
+    finally:
+        reader.shutdown(cancel_futures=True)
+        journal.close()
+
+
+def _demand_usable(destination: Path, resume: bool) -> None:
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise RequestError(f"{destination}: exists and is no folder; name a new one")
+    if (destination / MANIFEST_NAME).exists() and not (destination / JOURNAL_NAME).exists():
+        raise RequestError(f"{destination}: is finished already; remove it to make it anew")
+    if not resume and any(destination.iterdir()):
+        begun = (destination / JOURNAL_NAME).exists()
+        what = (
+            "holds an unfinished run; go on with --resume or remove it" if begun else "is not empty; name a new folder"
+        )
+        raise RequestError(f"{destination}: {what}")
+
+
+def _demand_space(job: Job, written: int) -> None:
+    needed = job.plan.total_bytes - written
+    free = shutil.disk_usage(job.destination).free
+    if needed > free:
+        raise CheckpointError(
+            f"{job.destination}: the new folder takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "make room or name a folder on another disk"
+        )
+
+
+def _write_shard(run: _Run, number: int, shard: OutputShard) -> None:
+    path = run.job.destination / shard.file
+    lines = [line for line in run.lines if line["shard"] == number]
+    if path.exists():
+        if len(lines) != len(shard.pieces) or path.stat().st_size != file_bytes(shard.tensors):
+            raise CheckpointError(f"{path}: is not what the run has written there; remove the folder and begin anew")
+        run.progress.done_bytes += sum(piece.source_nbytes for piece in shard.pieces)
+        return
+    writer, done = _reopen(run, shard, path, lines)
+    try:
+        run.progress.done_bytes += sum(piece.source_nbytes for piece in shard.pieces[:done])
+        pieces = shard.pieces[done:]
+        blocks = read_ahead(
+            read_blocks(matrix for piece in pieces for matrix in piece.matrices if not matrix.is_kept),
+            READ_AHEAD_BLOCKS,
+            run.reader,
+        )
+        unsynced = 0
+        for piece in pieces:
+            run.progress.piece = piece.name
+            line = _write_piece(run, writer, piece, blocks)
+            run.journal.add({"shard": number, "piece": piece.name, **line})
+            run.progress.done_bytes += piece.source_nbytes
+            run.report(run.progress)
+            unsynced += piece.nbytes
+            if unsynced >= SYNC_BYTES:
+                writer.sync()
+                run.journal.commit()
+                unsynced = 0
+        for matrix, spec in shard.shapes:
+            writer.append([torch.tensor(matrix.source.shape, dtype=spec.dtype)])
+        writer.sync()
+        run.journal.commit()
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _reopen(run: _Run, shard: OutputShard, path: Path, lines: list[dict[str, Any]]) -> tuple[ShardWriter, int]:
+    """A writer behind the pieces that are whole, and their number. What the journal says is checked, byte by byte."""
+    if not lines or not path.with_name(path.name + PARTIAL).exists():
+        run.journal.forget(len(lines))
+        return ShardWriter(path, shard.tensors), 0
+    written = sum(piece.nbytes for piece in shard.pieces[: len(lines)])
+    writer = ShardWriter(path, shard.tensors, written=written)
+    at = 0
+    for place, (line, piece) in enumerate(zip(lines, shard.pieces, strict=False)):
+        if line["checksum"] != UNVERIFIED and line["checksum"] != _checksum_of(writer, at, piece.nbytes):
+            writer.close()
+            run.journal.forget(len(lines) - place)
+            return ShardWriter(path, shard.tensors, written=at), place
+        at += piece.nbytes
+    return writer, len(lines)
+
+
+def _checksum_of(writer: ShardWriter, offset: int, nbytes: int) -> str:
+    digest = xxhash.xxh3_64()
+    for at in range(offset, offset + nbytes, COPY_BYTES):
+        digest.update(writer.read_back(at, min(COPY_BYTES, offset + nbytes - at)))
+    return digest.hexdigest()
+
+
+def _write_piece(run: _Run, writer: ShardWriter, piece: Piece, blocks: Iterator[QuantTensor]) -> dict[str, Any]:
+    """Append a piece; returns what the journal and the manifest say of it."""
+    digest = xxhash.xxh3_64()
+    verified = True
+    weights: dict[str, dict[str, Any]] = {}
+
+    def append(tensor: torch.Tensor) -> None:
+        digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        writer.append([tensor])
+        run.progress.written_bytes += tensor.nbytes
+
+    def carry(path: Path, record: TensorRecord) -> None:
+        for at in range(0, record.nbytes, COPY_BYTES):
+            buffer = torch.empty(min(COPY_BYTES, record.nbytes - at), dtype=torch.uint8)
+            read_exactly(path, record.offset + at, buffer, f"tensor {record.name}")
+            append(buffer)
+
+    if piece.carried is not None:
+        carry(*piece.carried)
+    for matrix in piece.matrices:
+        entry: dict[str, Any] = {"format": matrix.target.name, "source": matrix.source_format.name}
+        if not matrix.is_kept:
+            damage = Damage()
+            for tensor in convert(matrix, blocks, run.job.plan.recipe.scale_search, damage):
+                append(tensor)
+            entry |= {"relative_mse": _rounded(damage.relative_mse), "cosine": _rounded(damage.cosine)}
+        elif matrix.kind == "experts":
+            verified = False
+            for path, record in matrix.kept_run:
+                writer.copy(path, record.offset, record.nbytes)
+                run.progress.written_bytes += record.nbytes
+        else:
+            for path, record in matrix.kept_run:
+                carry(path, record)
+        weights[matrix.module] = entry
+    run.progress.read_bytes += piece.source_nbytes
+    return {"checksum": digest.hexdigest() if verified else UNVERIFIED, "weights": weights}
+
+
+def _rounded(value: float) -> float:
+    """Six digits: more would depend on the order of a sum."""
+    return float(f"{value:.6g}")
+
+
+def _write_small_files(run: _Run) -> None:
+    job = run.job
+    for path in sorted(job.source_folder.iterdir()):
+        written_anew = path.suffix == ".safetensors" or path.name in (INDEX_NAME, CONFIG_NAME, MANIFEST_NAME)
+        if path.is_file() and not written_anew and not path.name.startswith("."):
+            write_whole(job.destination / path.name, path.read_bytes())
+    weight_map = {spec.name: shard.file for shard in job.plan.shards for spec in shard.tensors}
+    total = sum(spec.nbytes for shard in job.plan.shards for spec in shard.tensors)
+    write_whole(
+        job.destination / MANIFEST_NAME,
+        _json({"version": 1, **job.identity, "pieces": _manifest_pieces(run.journal)}),
+    )
+    write_whole(job.destination / INDEX_NAME, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    write_whole(job.destination / CONFIG_NAME, _json(job.config))
+
+
+def _manifest_pieces(journal: Journal) -> dict[str, Any]:
+    _, lines = journal.read()
+    return {line["piece"]: {"checksum": line["checksum"], "weights": line["weights"]} for line in lines}
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")

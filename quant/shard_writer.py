@@ -1,0 +1,176 @@
+"""Writes one .safetensors file front to back, under a temporary name until it is whole.
+
+The header comes first and is known before any byte of a tensor, so memory does not grow with the file. It is padded
+with spaces until the data begins on a page, which safetensors allows; readers with direct I/O then need no rounding.
+Format: the README of the safetensors project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .errors import CheckpointError
+from .safetensors_file import DTYPES
+
+PAGE = 4096
+PARTIAL = ".partial"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that a file will hold."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def header_bytes(tensors: Sequence[TensorSpec]) -> bytes:
+    """The file up to its data: length, JSON in the order of the tensors, spaces up to a page."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(len(text) + 8) % PAGE)
+    return struct.pack("<Q", len(text)) + text
+
+
+def file_bytes(tensors: Sequence[TensorSpec]) -> int:
+    """Size of the whole file."""
+    return len(header_bytes(tensors)) + sum(tensor.nbytes for tensor in tensors)
+
+
+class ShardWriter:
+    """Appends tensors in the order of `tensors`. `written` counts bytes of data that are in the file."""
+
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec], *, written: int = 0) -> None:
+        """Begin the file, or with `written` go on behind that many bytes of data and drop what lies after them."""
+        self.path = path
+        self.partial = path.with_name(path.name + PARTIAL)
+        self.written = written
+        header = header_bytes(tensors)
+        self._data_start = len(header)
+        self._total = sum(tensor.nbytes for tensor in tensors)
+        flags = os.O_RDWR | os.O_CREAT | (0 if written else os.O_TRUNC)
+        try:
+            self._fd = os.open(self.partial, flags, 0o644)
+            if written:
+                os.ftruncate(self._fd, self._data_start + written)
+                os.lseek(self._fd, 0, os.SEEK_END)
+            else:
+                self._write(header)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def append(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Write the bytes of contiguous CPU tensors, the next ones in order."""
+        for tensor in tensors:
+            data = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+            try:
+                self._write(data)
+            except OSError as error:
+                raise self._failed(error) from error
+            self.written += len(data)
+
+    def copy(self, source: Path, offset: int, nbytes: int) -> None:
+        """Append a range of another file inside the kernel: no bytes pass through here, and a file system that can
+        share blocks does."""
+        try:
+            fd = os.open(source, os.O_RDONLY)
+            try:
+                done = 0
+                while done < nbytes:
+                    count = os.copy_file_range(fd, self._fd, nbytes - done, offset_src=offset + done)
+                    if not count:
+                        raise CheckpointError(
+                            f"{source}: found {done} of {nbytes} bytes at offset {offset}; the file has become "
+                            "shorter, download it again"
+                        )
+                    done += count
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise self._failed(error) from error
+        self.written += nbytes
+
+    def read_back(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of the data that were written already."""
+        return os.pread(self._fd, nbytes, self._data_start + offset)
+
+    def sync(self) -> None:
+        """Put everything written so far on the disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self) -> None:
+        """Put the whole file in place under its own name."""
+        if self.written != self._total:
+            raise RuntimeError(f"{self.path}: {self.written} of {self._total} bytes were written")
+        self.sync()
+        os.close(self._fd)
+        self._fd = -1
+        self.partial.rename(self.path)
+        sync_folder(self.path.parent)
+
+    def close(self) -> None:
+        """Leave the unfinished file as it is."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while len(view):
+            view = view[os.write(self._fd, view) :]
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.partial}: can't be written: {error.strerror or error}; nothing that was done is lost, make room or "
+            "repair the disk and go on with --resume"
+        )
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file, put in place whole: temporary name, fsync, rename."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written: {error.strerror or error}; go on with --resume") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
