@@ -36,8 +36,8 @@ class Settings:
     adam_lr: float = 3e-3
     warmup_steps: int = 100
     decay_share: float = 0.35
-    balance_rate: float = 0.002
-    balance_band: tuple[float, float] = (0.35, 2.5)
+    balance_rate: float = 0.004
+    balance_band: tuple[float, float] = (0.2, 4.0)
     clip_threshold: float = 30.0
     log_every: int = 20
     save_every: int = 200
