@@ -20,7 +20,7 @@ def main() -> int:
     train = verbs.add_parser("train", help="train, going on from the last state if there is one")
     train.add_argument("--steps", type=int, required=True, help="steps in all; the schedule follows from it")
     train.add_argument("--threads", type=int, default=os.cpu_count())
-    train.add_argument("--start-from", type=Path, metavar="STATE", help="begin with the weights of another run's state")
+    train.add_argument("--start-from", type=Path, metavar="FOLDER", help="begin with an exported folder's weights")
     export = verbs.add_parser("export", help="write the checkpoint folder from the last state")
     export.add_argument("folder", type=Path)
     evaluate = verbs.add_parser("evaluate", help="measure the last state and its exported folder; prints JSON")
@@ -77,6 +77,7 @@ def train_model(args: argparse.Namespace) -> int:
     from k2lite.text.tokenizer import load_tokenizer
     from tools.demo_training.batches import Batches
     from tools.demo_training.beginning import begin
+    from tools.demo_training.export import load_exported
     from tools.demo_training.shape import model_config
     from tools.demo_training.training import Settings, Trainer
     from tools.demo_training.transformer import Transformer
@@ -93,7 +94,7 @@ def train_model(args: argparse.Namespace) -> int:
     if state.is_file():
         trainer.load(state)
     elif args.start_from is not None:
-        model.load_state_dict(torch.load(args.start_from, weights_only=True)["model"])
+        load_exported(model, args.start_from)
     trainer.run(state, args.work / "train_log.jsonl")
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 import k2lite
-from tools.demo_training.export import export, round_like_export
+from tools.demo_training.export import export, load_exported, round_like_export
 from tools.demo_training.shape import CONFIG
 from tools.demo_training.transformer import Transformer
 
@@ -99,6 +99,14 @@ def test_rounding_is_what_the_export_wrote(folder: Path, trained: Transformer) -
     value = found[at].float() * found[f"{at}_scale_inv"]
     assert torch.equal(value, trained.moes[0].gate_up_proj.detach()[3, 1])
     assert torch.equal(found["lm_head.weight"].float(), trained.lm_head.weight.detach())
+
+
+def test_training_goes_on_from_an_exported_folder(folder: Path, trained: Transformer) -> None:
+    again = miniature(seed=9)
+    load_exported(again, folder)
+    round_like_export(trained)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 def test_an_export_replaces_the_folder_whole(folder: Path, trained: Transformer, tokenizer_folder: Path) -> None:

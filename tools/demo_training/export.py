@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from k2lite.loading import open_model
+from k2lite.quant.expert_layout import expert_weights, read_extents
 from k2lite.quant.formats import FP8_NAME, format_named
+from k2lite.quant.types import PROJECTIONS, ExpertKey
 
 from .transformer import Transformer
 
@@ -40,6 +43,29 @@ def checkpoint_weights(model: Transformer) -> dict[str, Tensor]:
         else:
             weights[name if name.startswith("lm_head") else f"model.{name}"] = value
     return weights
+
+
+def load_exported(model: Transformer, folder: Path) -> None:
+    """Give `model` the weights of an exported folder, so that training goes on from what was shipped. Gate and up, and
+    the experts of a layer, become stacks again."""
+    _, checkpoint = open_model(folder)
+    checkpoint.raise_for_problems()
+
+    def expert(layer: int, number: int) -> dict[str, Tensor]:
+        layout = checkpoint.expert(ExpertKey(layer, number))
+        made = expert_weights(layout, read_extents(layout))
+        return {name: getattr(made, name).dequantize() for name in PROJECTIONS}
+
+    state = model.state_dict()
+    for index in checkpoint.schema.expert_layers:
+        experts = [expert(index, number) for number in range(checkpoint.schema.n_routed_experts)]
+        at = f"layers.{index}.mlp"
+        state[f"{at}.gate_up_proj"] = torch.stack([torch.stack((e["gate_proj"], e["up_proj"])) for e in experts])
+        state[f"{at}.down_proj"] = torch.stack([e["down_proj"] for e in experts])
+    for name in checkpoint.schema.trunk:
+        own = name.removeprefix("model.").replace("mlp.gate.e_score_correction_bias", "mlp.bias")
+        state[own.replace("mlp.gate.weight", "mlp.router.weight")] = checkpoint.trunk(name).dequantize()
+    model.load_state_dict(state)
 
 
 def store(name: str, weight: Tensor) -> dict[str, Tensor]:
