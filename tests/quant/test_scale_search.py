@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from k2lite.quant.formats import ScaleSearch, format_named
+from k2lite.quant.scale_search import _sum
 from tests.quant.numbers_in_numpy import PACKED, bf16_round, exact_values, in_groups, stored_codes
 
 MAX_CODE = {4: 7, 8: 127}
@@ -142,3 +143,11 @@ def test_the_size_of_the_weights_makes_no_difference(name: str, exponent: int) -
     scaled = fmt.quantize(weight * 2.0**exponent, scale_search="mse")
     np.testing.assert_array_equal(stored_codes(scaled, name), stored_codes(parts, name))
     assert torch.equal(scaled["weight_scale"].double(), parts["weight_scale"].double() * 2.0**exponent)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 32, 100, 127])
+def test_a_sum_in_halves_leaves_nothing_out(length: int) -> None:
+    """Rows of a whole channel are of any length."""
+    terms = torch.arange(1, length + 1, dtype=torch.float32)[:, None] * torch.tensor([[1.0, 3.0]])
+    total = length * (length + 1) / 2
+    assert _sum(terms).tolist() == [total, 3 * total]
