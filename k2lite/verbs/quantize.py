@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights whose name matches, before all else; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--scale-search", metavar="RULE", help="how integer scales are found: amax (default) or mse (better, slower)"
+        "--scale-search",
+        metavar="RULE",
+        help="how integer scales are found: amax (default), or mse: smaller errors, slower, scales of either sign",
     )
     parser.add_argument("--text-only", action="store_true", help="leave a vision tower out")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
