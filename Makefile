@@ -1,4 +1,4 @@
-# make demo: install into .venv and run the demo checkpoint. make test: install what tests need, then check everything.
+# make demo: install into .venv and ask the demo model. make test: install what tests need, then check everything.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,9 +8,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test lint types unit soak clean
 
 demo: $(VENV)/.installed
-	$(BIN)/k2lite demo demo-model
-	$(BIN)/k2lite info demo-model
-	$(BIN)/k2lite run demo-model -p "Hello" --max-tokens 48 --seed 1
+	$(BIN)/k2lite info k2lite/demo
+	$(BIN)/k2lite run -p "What is 37 plus 25?"
+	$(BIN)/python tools/demo_tool_call.py
 
 test: lint types unit
 
@@ -41,4 +41,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-model build *.egg-info
+	rm -rf $(VENV) build *.egg-info

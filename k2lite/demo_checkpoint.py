@@ -7,8 +7,6 @@ byte-level tokenizer in tiktoken format and a chat template. It shows that every
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from k2lite.quant.errors import RequestError
 from k2lite.quant.formats import FP8_NAME, format_named
 from k2lite.quant.types import PROJECTIONS
 
 from .config import ModelConfig, parse_config
+from .demo_folder import write_new_folder
 from .text.byte_tokenizer import write_byte_tokenizer
 from .weights import checkpoint_schema
 
@@ -80,34 +78,17 @@ DEMO_CONFIG: dict[str, Any] = {
 }
 
 
-def write_demo(folder: Path, *, seed: int = 0) -> None:
+def write_random_demo(folder: Path, *, seed: int = 0) -> None:
     """Write the folder, complete or not at all. Refuses a name that exists, unless it is an empty folder."""
-    try:
-        # the last test: "." and ".." have no name beside which to write
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.name in ("", "..")):
-            raise RequestError(f"{folder}: exists already; name a new folder")
-        _write_whole(folder, seed)
-    except OSError as error:
-        raise RequestError(f"{folder}: can't be written: {error.strerror or error}") from error
+    write_new_folder(folder, lambda partial: _fill(partial, seed))
 
 
-def _write_whole(folder: Path, seed: int) -> None:
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        config = parse_config(DEMO_CONFIG, partial / "config.json")
-        _write_weights(partial, config, torch.Generator().manual_seed(seed))
-        _write_json(partial / "config.json", DEMO_CONFIG)
-        _write_json(
-            partial / "generation_config.json", {"max_length": config.max_position_embeddings, "eos_token_id": 258}
-        )
-        write_byte_tokenizer(partial)
-        _sync(partial)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _fill(folder: Path, seed: int) -> None:
+    config = parse_config(DEMO_CONFIG, folder / "config.json")
+    _write_weights(folder, config, torch.Generator().manual_seed(seed))
+    _write_json(folder / "config.json", DEMO_CONFIG)
+    _write_json(folder / "generation_config.json", {"max_length": config.max_position_embeddings, "eos_token_id": 258})
+    write_byte_tokenizer(folder)
 
 
 def _write_weights(folder: Path, config: ModelConfig, generator: torch.Generator) -> None:
@@ -154,9 +135,3 @@ def _tensors(config: ModelConfig, generator: torch.Generator) -> Iterator[tuple[
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from k2lite.engine import Engine
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to load it."""
-    parser.add_argument("model", metavar="MODEL", type=Path, help="a model folder, as downloaded")
+    parser.add_argument(
+        "model", metavar="MODEL", type=Path, nargs="?", help="a model folder, as downloaded (default: the demo model)"
+    )
     parser.add_argument("--backend", default="auto", help="what multiplies: auto, reference (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
@@ -44,11 +46,27 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
 
 
+def check_sampling_arguments(args: argparse.Namespace) -> None:
+    """Refuse what no model could do, before minutes are spent on loading one. Raises RequestError."""
+    from k2lite.quant.errors import RequestError
+    from k2lite.sampling import SamplingParams
+
+    SamplingParams(**_given(args))
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise RequestError(f"max_tokens is {args.max_tokens}; expected 1 or more")
+    if "" in args.stop:
+        raise RequestError("an empty --stop has no effect; name a text or leave it out")
+
+
 def load_engine(args: argparse.Namespace) -> Engine:
     """Load the model that the arguments name and print the plan, one line, on stderr."""
+    from k2lite.demo_folder import DEMO_FOLDER
     from k2lite.loading import load
 
-    engine = load(args.model, backend=args.backend, context=args.context, latent_norm_eps=args.latent_norm_eps)
+    if args.model is None:
+        print("k2lite: no MODEL is named, so the demo model answers: a small Kimi-K2 of k2lite's own", file=sys.stderr)
+    folder = args.model or DEMO_FOLDER
+    engine = load(folder, backend=args.backend, context=args.context, latent_norm_eps=args.latent_norm_eps)
     print(f"k2lite: {engine.placement}", file=sys.stderr)
     return engine
 
@@ -58,6 +76,9 @@ def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
     import secrets
     from dataclasses import replace
 
+    return replace(engine.recommended_sampling, **{"seed": secrets.randbits(32), **_given(args)})
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
     names = ("temperature", "top_p", "top_k", "min_p", "seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(engine.recommended_sampling, **{"seed": secrets.randbits(32), **given})
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

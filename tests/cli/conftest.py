@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from k2lite.demo_checkpoint import write_demo
+from k2lite.demo_checkpoint import write_random_demo
 from tests.conftest import REPO
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -18,7 +18,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "model"
-    write_demo(folder)
+    write_random_demo(folder)
     return folder
 
 

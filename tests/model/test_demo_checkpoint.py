@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from k2lite.demo_checkpoint import write_demo
+from k2lite.demo_checkpoint import write_random_demo
 from k2lite.errors import RequestError
 from k2lite.loading import open_model
 
@@ -19,21 +19,21 @@ def test_names_that_exist_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path / "empty")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RequestError, match="exists already; name a new folder"):
-        write_demo(Path(name) if name in (".", "..", "/") else tmp_path / name)
+        write_random_demo(Path(name) if name in (".", "..", "/") else tmp_path / name)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_place_that_can_t_be_written_is_a_user_s_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match=r"file/model: can't be written: Not a directory"):
-        write_demo(tmp_path / "file" / "model")
+        write_random_demo(tmp_path / "file" / "model")
     with pytest.raises(RequestError, match="can't be written: File name too long"):
-        write_demo(tmp_path / ("n" * 250))
+        write_random_demo(tmp_path / ("n" * 250))
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    write_demo(tmp_path / "model")
+    write_random_demo(tmp_path / "model")
     config, checkpoint = open_model(tmp_path / "model")
     assert (checkpoint.problems, checkpoint.notes, config.unknown_keys) == ((), (), ())
     # K2-Instruct's own format, edge blocks included

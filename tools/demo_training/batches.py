@@ -31,6 +31,10 @@ TEXT_SHARE = 0.2
 TOOL_SHARE = 0.6
 COPY_SHARE = 0.25
 COPY_STEPS = 200
+# From here on, when calls are learned, questions and requests that no tool fits get more room.
+LATE_STEPS = 1100
+LATE_TOOL_SHARE = 0.45
+LATE_NO_TOOL_SHARE = 0.2
 SHORT_TOKENS = 512
 LONG_EVERY = 4
 
@@ -127,7 +131,7 @@ class Batches:
         made = [text_row(self._window(rng, length)) for _ in range(some(rng, rows * TEXT_SHARE))]
         n_copies = some(rng, rows * COPY_SHARE) if step < COPY_STEPS else 0
         made += [copy_row(rng, length + 1, self._copied) for _ in range(n_copies)]
-        made += [self._dialogue_row(rng, length) for _ in range(rows - len(made))]
+        made += [self._dialogue_row(rng, length, late=step >= LATE_STEPS) for _ in range(rows - len(made))]
         ids, positions, documents, weights = (np.stack(parts) for parts in zip(*made, strict=True))
         # position t predicts token t + 1; the weight belongs to the token predicted
         same = documents[:, :-1] == documents[:, 1:]
@@ -148,14 +152,14 @@ class Batches:
         at = rng.randrange(len(self._text) - length - 1)
         return self._text[at : at + length + 1]
 
-    def _dialogue_row(self, rng: random.Random, length: int) -> Row:
+    def _dialogue_row(self, rng: random.Random, length: int, *, late: bool) -> Row:
         ids: list[int] = []
         positions: list[int] = []
         documents: list[int] = []
         weights: list[float] = []
         number = 0
         while len(ids) < length + 1:
-            made = self._dialogue(rng)
+            made = self._dialogue(rng, late=late)
             said = said_by_assistant(made, self._tokenizer.special_tokens)
             ids += made
             positions += range(len(made))
@@ -165,10 +169,12 @@ class Batches:
         cut = length + 1
         return np.array(ids[:cut]), np.array(positions[:cut]), np.array(documents[:cut]), np.array(weights[:cut])
 
-    def _dialogue(self, rng: random.Random) -> list[int]:
+    def _dialogue(self, rng: random.Random, *, late: bool) -> list[int]:
         tools, messages = None, []
-        if rng.random() < TOOL_SHARE:
-            made = tool_dialogue(rng, held_out=False)
+        if rng.random() < (LATE_TOOL_SHARE if late else TOOL_SHARE):
+            made = tool_dialogue(
+                rng, held_out=False, kind="none" if late and rng.random() < LATE_NO_TOOL_SHARE else None
+            )
             tools, messages = made.tools, made.messages
         else:
             asked = question(rng, held_out=False)
