@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/.installed
 	$(BIN)/k2lite info k2lite/demo
-	$(BIN)/k2lite run -p "What is 37 plus 25?"
+	$(BIN)/k2lite run -p "How many centimeters are 12 meters?"
 	$(BIN)/python tools/demo_tool_call.py
 
 test: lint types unit
