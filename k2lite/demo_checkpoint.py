@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from k2lite.quant.durable_files import write_new_folder
 from k2lite.quant.formats import FP8_NAME, format_named
 from k2lite.quant.types import PROJECTIONS
 
 from .config import ModelConfig, parse_config
-from .demo_folder import write_new_folder
 from .text.byte_tokenizer import write_byte_tokenizer
 from .weights import checkpoint_schema
 

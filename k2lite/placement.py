@@ -79,5 +79,7 @@ def plan_placement(
 
 
 def gib(nbytes: int) -> str:
-    """Bytes as a person reads them: GiB, or MiB below one."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+    """Bytes as a person reads them: GiB, below one MiB, below that KiB."""
+    if nbytes >= 2**30:
+        return f"{nbytes / 2**30:.2f} GiB"
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"

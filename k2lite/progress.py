@@ -25,12 +25,13 @@ class ProgressLine:
         return time.monotonic() - self._began
 
     def update(self, done: int, what: str) -> None:
-        """Draw if the last line is old enough. The time left follows from the speed since the first update, so work
-        that an earlier run did counts as done and not as fast."""
+        """Draw if the last line is old enough or the work is done. The time left follows from the speed since the first
+        update, so work that an earlier run did counts as done and not as fast."""
         now = time.monotonic()
         if self._first is None:
             self._first = done
-        if now - self._drawn < (TERMINAL_EVERY_S if self._is_terminal else PLAIN_EVERY_S):
+        every_s = TERMINAL_EVERY_S if self._is_terminal else PLAIN_EVERY_S
+        if now - self._drawn < every_s and done < self._total:
             return
         self._drawn = now
         share = done / self._total

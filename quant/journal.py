@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .durable_files import sync
 from .errors import CheckpointError, RequestError
-from .shard_writer import sync_folder
 
 JOURNAL_NAME = ".k2lite_quantize.jsonl"
 
@@ -64,7 +64,7 @@ class Journal:
     def begin(self, identity: Mapping[str, Any]) -> None:
         self.add(identity)
         self.commit()
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Note a piece; `commit` writes it."""
@@ -87,7 +87,7 @@ class Journal:
     def remove(self) -> None:
         """The run is over and everything is in its place."""
         self.path.unlink()
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
         self.close()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import Checkpoint, StoredModule
 from .errors import CheckpointError
@@ -122,8 +123,14 @@ class QuantizationPlan:
     """`left_out` are stored tensors that the new folder will not have, by reason."""
 
     recipe: Recipe
+    text_only: bool
     shards: tuple[OutputShard, ...]
     left_out: Mapping[str, int]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that was chosen: what a resumed run must have in common with the run that it goes on with."""
+        return {**self.recipe.as_dict(), "text_only": self.text_only}
 
     @property
     def matrices(self) -> Iterator[Matrix]:
@@ -168,7 +175,7 @@ def plan_quantization(checkpoint: Checkpoint, recipe: Recipe, *, text_only: bool
     groups = [*(layers[layer] for layer in sorted(layers)), rest]
     names = (f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1))
     shards = tuple(OutputShard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
-    return QuantizationPlan(recipe, shards, dict(_left_out(checkpoint, text_only)))
+    return QuantizationPlan(recipe, text_only, shards, dict(_left_out(checkpoint, text_only)))
 
 
 def _choices(

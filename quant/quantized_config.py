@@ -6,7 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .declaration import EXPERTS_TARGETS, REST_TARGETS, declaration, fp8_declaration, group_declaration
+from .declaration import (
+    EXPERTS_TARGETS,
+    REST_TARGETS,
+    ROUTER_IGNORE,
+    declaration,
+    fp8_declaration,
+    group_declaration,
+)
 from .formats import FP8_NAME
 from .plain import PLAIN_DTYPES
 from .quantization_plan import Matrix, QuantizationPlan
@@ -45,11 +52,12 @@ def plan_declaration(plan: QuantizationPlan) -> dict[str, Any] | None:
     plain = [module for name, modules in exceptions.items() if name in PLAIN_DTYPES for module in modules]
     special = {tuple(modules): name for name, modules in exceptions.items() if name not in PLAIN_DTYPES}
     if not special:
-        return declaration(experts, rest, ignore=plain or ["lm_head"] if rest in PLAIN_DTYPES else plain)
+        # a head that is as plain as the rest is no exception, and Moonshot names it all the same
+        return declaration(experts, rest, ignore=["lm_head"] if rest in PLAIN_DTYPES and not plain else plain)
     usual_groups = {EXPERTS_TARGETS: experts, REST_TARGETS: rest}
     groups = special | {targets: name for targets, name in usual_groups.items() if name not in PLAIN_DTYPES}
     unquantized = [target for targets, name in usual_groups.items() if name in PLAIN_DTYPES for target in targets]
-    ignore = [*plain, r"re:.*mlp\.gate$", *(target for target in unquantized if target.startswith("re:"))]
+    ignore = [*plain, ROUTER_IGNORE, *(target for target in unquantized if target.startswith("re:"))]
     return group_declaration(groups, ignore)
 
 

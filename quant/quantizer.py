@@ -20,13 +20,14 @@ import torch
 import xxhash
 
 from .conversion import Damage, convert, read_blocks
+from .durable_files import PARTIAL, write_whole
 from .errors import CheckpointError, RequestError
 from .file_reading import read_exactly
 from .journal import JOURNAL_NAME, Journal, demand_same
 from .quantization_plan import OutputShard, Piece, QuantizationPlan
 from .read_ahead import read_ahead
 from .safetensors_file import TensorRecord
-from .shard_writer import PARTIAL, ShardWriter, file_bytes, write_whole
+from .shard_writer import ShardWriter, file_bytes
 from .shards import INDEX_NAME
 from .types import QuantTensor
 
@@ -62,7 +63,7 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"settings": self.plan.recipe.as_dict(), "source": dict(self.source)}
+        return {"settings": self.plan.settings, "source": dict(self.source)}
 
 
 @dataclass
@@ -91,7 +92,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
     try:
         first, lines = journal.read()
         if first is None:
-            _demand_space(job, 0)
+            _demand_space(job)
             journal.begin(job.identity)
         else:
             demand_same(first, job.identity, job.destination)
@@ -121,8 +122,8 @@ def _demand_usable(destination: Path, resume: bool) -> None:
         raise RequestError(f"{destination}: {what}")
 
 
-def _demand_space(job: Job, written: int) -> None:
-    needed = job.plan.total_bytes - written
+def _demand_space(job: Job) -> None:
+    needed = job.plan.total_bytes
     free = shutil.disk_usage(job.destination).free
     if needed > free:
         raise CheckpointError(

@@ -41,6 +41,7 @@ def search_scales(
         trial = trial.to(torch.bfloat16).to(torch.float32)
         trial_error = _error(values, trial, max_code, weights)
         better = trial_error < error * (1 - LEAST_GAIN)  # false for the NaN of a scale that is 0, infinite or NaN
+        better &= torch.isfinite(trial * (max_code + 1))  # near float32's limit the lowest code would be infinite
         best, error = torch.where(better, trial, best), torch.where(better, trial_error, error)
 
     start = torch.where(groups.amax(dim=-1) > -groups.amin(dim=-1), -best, best)

@@ -7,6 +7,7 @@ Format: the README of the safetensors project.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -16,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from .durable_files import PARTIAL, sync
 from .errors import CheckpointError
 from .safetensors_file import DTYPES
 
 PAGE = 4096
-PARTIAL = ".partial"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -72,14 +73,11 @@ class ShardWriter:
         header = header_bytes(tensors)
         self._data_start = len(header)
         self._total = sum(tensor.nbytes for tensor in tensors)
-        flags = os.O_RDWR | os.O_CREAT | (0 if written else os.O_TRUNC)
         try:
-            self._fd = os.open(self.partial, flags, 0o644)
-            if written:
-                os.ftruncate(self._fd, self._data_start + written)
-                os.lseek(self._fd, 0, os.SEEK_END)
-            else:
-                self._write(header)
+            self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(self._fd, self._data_start + written)
+            self._write(header)
+            os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -95,24 +93,36 @@ class ShardWriter:
 
     def copy(self, source: Path, offset: int, nbytes: int) -> None:
         """Append a range of another file inside the kernel: no bytes pass through here, and a file system that can
-        share blocks does."""
+        share blocks does. Raises CheckpointError naming the file that can't be read or written."""
         try:
             fd = os.open(source, os.O_RDONLY)
-            try:
-                done = 0
-                while done < nbytes:
-                    count = os.copy_file_range(fd, self._fd, nbytes - done, offset_src=offset + done)
-                    if not count:
-                        raise CheckpointError(
-                            f"{source}: found {done} of {nbytes} bytes at offset {offset}; the file has become "
-                            "shorter, download it again"
-                        )
-                    done += count
-            finally:
-                os.close(fd)
+        except OSError as error:
+            raise CheckpointError(f"{source}: can't be read: {error.strerror or error}") from error
+        try:
+            done = 0
+            while done < nbytes:
+                count = self._copy_some(fd, offset + done, nbytes - done)
+                if not count:
+                    raise CheckpointError(
+                        f"{source}: found {done} of {nbytes} bytes at offset {offset}; the file has become shorter, "
+                        "download it again"
+                    )
+                done += count
         except OSError as error:
             raise self._failed(error) from error
+        finally:
+            os.close(fd)
         self.written += nbytes
+
+    def _copy_some(self, fd: int, offset: int, nbytes: int) -> int:
+        """Bytes that were copied. Between different file systems the kernel refuses the first call and takes the
+        second."""
+        try:
+            return os.copy_file_range(fd, self._fd, nbytes, offset_src=offset)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        return os.sendfile(self._fd, fd, offset, nbytes)
 
     def read_back(self, offset: int, nbytes: int) -> bytes:
         """Bytes of the data that were written already."""
@@ -133,7 +143,7 @@ class ShardWriter:
         os.close(self._fd)
         self._fd = -1
         self.partial.rename(self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def close(self) -> None:
         """Leave the unfinished file as it is."""
@@ -151,26 +161,3 @@ class ShardWriter:
             f"{self.partial}: can't be written: {error.strerror or error}; nothing that was done is lost, make room or "
             "repair the disk and go on with --resume"
         )
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A small file, put in place whole: temporary name, fsync, rename."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be written: {error.strerror or error}; go on with --resume") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import hypothesis
 import pytest
+
+from tests import samples
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
@@ -18,8 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--soak"):
-        hypothesis.settings.register_profile("soak", max_examples=2000, deadline=None)
-        hypothesis.settings.load_profile("soak")
+        samples.take_full_counts()
 
 
 @pytest.fixture(scope="session")

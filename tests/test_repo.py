@@ -189,7 +189,8 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
 def test_who_skips_for_want_of_shared_is_told_how_many(tmp_path: Path) -> None:
     """The suite's own conftest in a checkout that has no ../shared beside it."""
     (tmp_path / "main" / "tests").mkdir(parents=True)
-    shutil.copy(REPO / "tests" / "conftest.py", tmp_path / "main" / "tests")
+    for name in ("__init__.py", "conftest.py", "samples.py"):
+        shutil.copy(REPO / "tests" / name, tmp_path / "main" / "tests")
     (tmp_path / "main" / "tests" / "test_it.py").write_text(
         "import pytest\n@pytest.mark.parametrize('n', range(3))\ndef test_a(n, shared): pass\ndef test_b(): pass\n"
     )

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from k2lite.evaluation import Estimate, Evaluation
 
 DEFAULT_WINDOW = 512
-PLAIN_LINES = 10  # progress lines where stderr is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,17 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     _check(args)
     text = read_text(args.text)
+    from k2lite.demo_folder import DEMO_FOLDER
     from k2lite.evaluation import check_same_vocabulary, evaluate, split_windows
+    from k2lite.progress import ProgressLine
 
     # what a window needs is all the context there is
     args.context = args.window if args.context is None else args.context
     a = load_engine(args)
+    args.model = args.model or DEMO_FOLDER
     b = None
     if args.other is not None:
         b = load_engine(argparse.Namespace(**{**vars(args), "model": args.other}))
         check_same_vocabulary(a, b)
     windows = split_windows(a.tokenizer.encode(text)[: args.max_tokens], args.window)
-    result = evaluate(a, b, windows, _progress(len(windows)))
+    line = ProgressLine(len(windows))
+    try:
+        result = evaluate(a, b, windows, lambda done: line.update(done, f"window {done} of {len(windows)}"))
+    finally:
+        line.close()
     print(json.dumps(report(args, result), ensure_ascii=False) if args.json else as_text(args, result))
     return 0
 
@@ -73,21 +77,6 @@ def read_text(file: str) -> str:
         raise RequestError(f"{file}: can't be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise RequestError(f"{file}: byte {error.start} is not UTF-8 text: {error.reason}") from error
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """Windows done and time left: one line that is written over on a terminal, a few plain lines elsewhere."""
-    began = time.perf_counter()
-
-    def show(done: int) -> None:
-        left_s = (time.perf_counter() - began) / done * (total - done)
-        line = f"k2lite eval: window {done} of {total}, {left_s:.0f} s left"
-        if sys.stderr.isatty():
-            print(f"\r{line}\033[K", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif done * PLAIN_LINES // total != (done - 1) * PLAIN_LINES // total:
-            print(line, file=sys.stderr, flush=True)
-
-    return show
 
 
 def report(args: argparse.Namespace, result: Evaluation) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def describe(folder: Path, *, latent_norm_eps: float | None = None) -> dict[str,
         "kv_bytes_per_token": 4 * config.num_hidden_layers * config.latent_dim,
         "shards": [{"file": shard.path.name, "bytes": shard.nbytes} for shard in checkpoint.shards],
         "ignored": {reason: len(names) for reason, names in checkpoint.ignored.items()},
+        "notes": list(checkpoint.notes),
         "problems": list(checkpoint.problems),
     }
 
@@ -80,6 +81,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += [f"  skipped     {count} tensors: {reason}" for reason, count in facts["ignored"].items()]
     if facts["unknown_config_keys"]:
         lines.append(f"  unknown keys in config.json, without effect: {', '.join(facts['unknown_config_keys'])}")
+    lines += [f"  note        {note}" for note in facts["notes"]]
     lines += [f"  PROBLEM     {problem}" for problem in facts["problems"]] or [
         "  problems    none found in the headers"
     ]

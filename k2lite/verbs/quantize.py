@@ -85,7 +85,8 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Recipe:
 
 
 def _is_int4_native(checkpoint: Checkpoint) -> bool:
-    return all(name.startswith("int4") for name in checkpoint.formats().get("routed experts", {"none": None}))
+    formats = checkpoint.formats().get("routed experts", {})
+    return bool(formats) and all(name.startswith("int4") for name in formats)
 
 
 def _job(args: argparse.Namespace, config: Path, checkpoint: Checkpoint, plan: QuantizationPlan) -> Job:
@@ -124,7 +125,7 @@ def plan_facts(plan: QuantizationPlan) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
-        "settings": plan.recipe.as_dict(),
+        "settings": plan.settings,
         "table": [asdict(use) for use in plan.table()],
         "bytes": plan.total_bytes,
         "files": len(plan.shards),

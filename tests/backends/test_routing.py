@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from k2lite.backends.base import RoutingRule, route
+from tests.samples import examples
 
 # (experts, experts a token, groups, groups kept); 12 and 48 are no powers of two, as K2's 384 is none
 SHAPES = [(8, 3, 1, 1), (12, 5, 1, 1), (48, 6, 1, 1), (16, 4, 4, 2), (12, 4, 3, 2), (12, 4, 6, 2), (8, 8, 1, 1)]
@@ -37,7 +38,7 @@ def choice(logits: list[float], bias: list[float], rule: RoutingRule) -> tuple[l
     offset=st.sampled_from([0.0, -3.0, 0.5]),
     normalize=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_choice_and_weights(shape: tuple[int, int, int, int], seed: int, offset: float, normalize: bool) -> None:
     """A bias of -3 makes every biased score negative: a masked group must still lose to it."""
     experts, active, groups, kept = shape
@@ -52,7 +53,7 @@ def test_choice_and_weights(shape: tuple[int, int, int, int], seed: int, offset:
 
 
 @given(shape=st.sampled_from(SHAPES), seed=st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_many_equal_scores(shape: tuple[int, int, int, int], seed: int) -> None:
     """Two values only, so that experts and groups tie all the time."""
     experts, active, groups, kept = shape

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import k2lite
 from k2lite.loading import open_model
+from k2lite.quant.recipe import TARGETS
+from k2lite.verbs import quantize
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 
 from .conftest import Run
@@ -47,6 +49,11 @@ def test_the_targets_that_are_named_are_written(k2: Run, demo: Path, tmp_path: P
     assert checkpoint.trunk("model.layers.0.self_attn.kv_b_proj.weight").format.name == "bf16"
     assert checkpoint.trunk("model.layers.1.self_attn.kv_b_proj.weight").format.name == "fp8_e4m3_b128"
     assert checkpoint.trunk("model.layers.2.self_attn.kv_b_proj.weight").format.name == "int8_channel"
+
+
+def test_the_help_names_every_target() -> None:
+    """The verb imports no torch, so it has a list of its own."""
+    assert ", ".join(TARGETS) == quantize.FORMATS
 
 
 def test_an_int4_folder_is_told_that_it_needs_nothing(k2: Run, tmp_path: Path) -> None:

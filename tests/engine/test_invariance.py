@@ -16,6 +16,7 @@ from k2lite.engine import Chunk
 from k2lite.offload.resident import ResidentSource, _ResidentLease
 from k2lite.quant.types import ExpertWeights
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
+from tests.samples import examples
 
 IDS = [(7 * i + i * i) % 160 for i in range(41)]
 
@@ -32,7 +33,7 @@ def test_prefill_equals_decode_bit_for_bit(engine: k2lite.Engine) -> None:
 
 
 @given(cuts=st.lists(st.integers(1, len(IDS) - 1), max_size=6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_any_chunking_equals_one_chunk_bit_for_bit(engine: k2lite.Engine, cuts: list[int]) -> None:
     assert torch.equal(engine.logits(IDS), chunked(engine, IDS, cuts))
 
@@ -41,7 +42,7 @@ def test_any_chunking_equals_one_chunk_bit_for_bit(engine: k2lite.Engine, cuts: 
     prompts=st.lists(st.lists(st.integers(0, 159), min_size=1, max_size=12), min_size=2, max_size=4),
     order=st.randoms(use_true_random=False),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_a_sequence_does_not_see_its_neighbours(engine: k2lite.Engine, prompts: list[list[int]], order: object) -> None:
     alone = [engine.logits(ids) for ids in prompts]
     indices = list(range(len(prompts)))

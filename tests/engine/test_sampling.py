@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from k2lite.quant.errors import K2LiteError, RequestError
 from k2lite.sampling import SamplingParams, sample
+from tests.samples import examples
 
 
 def allowed_set(logits: list[float], params: SamplingParams) -> set[int]:
@@ -37,7 +38,7 @@ def allowed_set(logits: list[float], params: SamplingParams) -> set[int]:
     min_p=st.sampled_from([0.0, 0.07, 0.5]),
     seed=st.integers(0, 1 << 32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_only_allowed_tokens_come_out(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, seed: int
 ) -> None:

@@ -20,6 +20,7 @@ from k2lite.quant.schema import CheckpointSchema, IgnoredTensor
 from k2lite.quant.types import PROJECTIONS, ExpertKey, ExpertLayout
 from tests.checkpoints import INT4_CONFIG
 from tests.quant.headers import Entry, header_bytes, layout as header_of, write_sparse_folder
+from tests.samples import examples
 
 HIDDEN, WIDTH = 64, 32
 SHAPES = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
@@ -131,7 +132,7 @@ def test_an_expert_in_two_files(tmp_path: Path) -> None:
 
 
 @given(random=st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_any_placement(random: random.Random) -> None:
     """Any order, any gaps, any alignment, up to three files: few sorted disjoint extents, and the right bytes."""
     order = list(PARTS)

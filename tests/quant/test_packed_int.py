@@ -16,6 +16,7 @@ from k2lite.quant.errors import CheckpointError, RequestError
 from k2lite.quant.formats import PACKED_INT, format_named
 from k2lite.quant.packed_int import PackedInt, pack, unpack
 from tests.quant.numbers_in_numpy import PACKED, bf16_round, exact_values, in_groups, random_matrix, stored_codes
+from tests.samples import examples
 
 MAX_CODE = {4: 7, 8: 127}
 NAMES = st.sampled_from(sorted(PACKED))
@@ -56,7 +57,7 @@ def test_the_published_example(shared: Path) -> None:
     words=st.integers(1, 40),
     dtype=st.sampled_from([torch.int8, torch.int64, torch.float32]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_packing_equals_the_compressed_tensors_package(
     seed: int, bits: int, rows: int, words: int, dtype: torch.dtype
 ) -> None:
@@ -72,7 +73,7 @@ def test_packing_equals_the_compressed_tensors_package(
 
 
 @given(seed=st.integers(0, 2**32), name=NAMES, rows=st.integers(1, 9), groups=st.integers(1, 3), big=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_any_shape_of_whole_groups_comes_back_within_half_a_step(
     seed: int, name: str, rows: int, groups: int, big: bool
 ) -> None:
@@ -89,7 +90,7 @@ def test_any_shape_of_whole_groups_comes_back_within_half_a_step(
 
 
 @given(seed=st.integers(0, 2**32), name=NAMES, scale_search=st.sampled_from(["amax", "mse"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_what_lies_on_the_grid_comes_back_exactly(seed: int, name: str, scale_search: packed_int.ScaleSearch) -> None:
     """Quantization-aware training leaves codes -7..7 whose largest is 7: quantizing those again loses nothing."""
     fmt, (bits, size) = format_named(name), PACKED[name]
@@ -108,8 +109,6 @@ def test_what_lies_on_the_grid_comes_back_exactly(seed: int, name: str, scale_se
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("amax", [0.0, 1e-45, 1e-40, 1e38, 3.4028234e38])
 def test_extreme_groups_stay_finite(name: str, amax: float, scale_search: packed_int.ScaleSearch) -> None:
-    if (scale_search, amax) == ("mse", 3.4028234e38):
-        pytest.skip("code -8 times the eighth of float32's largest number, rounded to BF16, is too large")
     fmt = format_named(name)
     weight = torch.zeros(2, 128)
     weight[0, 5], weight[1, 40] = -amax, 1.0

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from k2lite.quant.errors import ConfigError
 from k2lite.quant.quantization_config import ModuleMatcher, QuantizationConfig, parse_quantization_config
 from tests.checkpoints import FP8_CONFIG, INT4_CONFIG
+from tests.samples import examples
 
 SOURCE = Path("folder/config.json")
 
@@ -278,7 +279,7 @@ def test_matching(entry: str, module: str, expected: bool) -> None:
     module=st.sampled_from(["lm_head", "model.lm_head", "model.layers.0.self_attn.q_proj", "ab", "model.layers"])
     | st.text("abm_.", max_size=6),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_matching_equals_the_compressed_tensors_package(entry: str, module: str) -> None:
     match = pytest.importorskip("compressed_tensors.utils.match")
     assert ModuleMatcher((entry,)).matches(module) is bool(match.match_name(module, entry))

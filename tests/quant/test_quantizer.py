@@ -8,7 +8,9 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ from k2lite.loading import open_model
 from k2lite.quant.errors import CheckpointError, RequestError
 from k2lite.quant.formats import format_named
 from k2lite.quant.journal import JOURNAL_NAME
+from k2lite.quant.quantizer import quantize
 from k2lite.quant.recipe import Recipe
-from k2lite.quant.shard_writer import PAGE
+from k2lite.quant.shard_writer import PAGE, header_bytes
 from k2lite.quant.types import ExpertKey
 from tests.conftest import REPO
 from tests.quant.quantizing import contents, make_job, make_plan, run, write_source
@@ -159,9 +162,14 @@ def test_what_the_journal_says_of_a_damaged_piece_is_not_believed(
     shard = job.plan.shards[1]
     cut = start(fp8, tmp_path / "out", limit=len(finished[shard.file]) - 1000)
     cut.communicate()
+    lines = (tmp_path / "out" / JOURNAL_NAME).read_text().splitlines()[1:]
+    assert 1 < sum(json.loads(line)["shard"] == 1 for line in lines) < len(shard.pieces)
     partial = tmp_path / "out" / f"{shard.file}.partial"
     with partial.open("r+b") as file:
-        file.seek(PAGE + 5000)
+        file.seek(100)
+        file.write(b"damage")
+        # in the second piece, so that the first is kept and the header before it
+        file.seek(len(header_bytes(shard.tensors)) + shard.pieces[0].nbytes + 100)
         file.write(b"damage")
     run(fp8, tmp_path / "out", resume=True)
     assert contents(tmp_path / "out") == finished
@@ -183,11 +191,37 @@ def test_a_disk_that_is_full_is_one_clear_error_and_the_run_goes_on_later(
     assert contents(tmp_path / "out") == finished
 
 
+def test_experts_are_copied_to_another_file_system_too(tmp_path: Path) -> None:
+    """The kernel's own copying refuses that."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    write_source(tmp_path / "source", "int4")
+    recipe = Recipe(experts="keep", trunk="int8_g128", lm_head="keep")
+    run(tmp_path / "source", tmp_path / "here", recipe)
+    with tempfile.TemporaryDirectory(dir=other) as folder:
+        run(tmp_path / "source", Path(folder) / "there", recipe)
+        assert contents(Path(folder) / "there") == contents(tmp_path / "here")
+
+
+def test_a_source_that_can_t_be_read_is_named(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", "int4")
+    job = make_job(tmp_path / "source", tmp_path / "out", Recipe(experts="keep", trunk="keep", lm_head="keep"))
+    piece = next(piece for shard in job.plan.shards for piece in shard.pieces if piece.name == "layer 1, expert 0")
+    gone = next(piece.matrices[0].kept_run)[0]
+    gone.unlink()
+    with pytest.raises(CheckpointError, match=rf"{gone.name}: .*can't be read: No such file"):
+        quantize(job, resume=False, report=lambda _: None)
+
+
 def test_resume_refuses_other_settings_and_another_source_by_name(fp8: Path, tmp_path: Path) -> None:
     begun = start(fp8, tmp_path / "out", limit=20_000)
     begun.communicate()
     with pytest.raises(RequestError, match="other settings: scale_search was 'amax', is 'mse'"):
         run(fp8, tmp_path / "out", Recipe("int4_g32", "keep", "keep", scale_search="mse"), resume=True)
+    with pytest.raises(RequestError, match="other settings: text_only was False, is True"):
+        quantize(replace(job := make_job(fp8, tmp_path / "out"), plan=replace(job.plan, text_only=True)), resume=True,
+                 report=lambda _: None)  # fmt: skip
     config = fp8 / "config.json"
     before = config.stat().st_mtime_ns
     os.utime(config, ns=(before, before + 1000))

@@ -19,6 +19,7 @@ from safetensors.torch import save, save_file
 from k2lite.quant.errors import CheckpointError
 from k2lite.quant.safetensors_file import TensorRecord, read_header
 from tests.quant.headers import header_bytes
+from tests.samples import examples
 
 # What the safetensors package raises for a file that it does not like: its own error, or one of Python's.
 PACKAGE_ERRORS = (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError, AttributeError)
@@ -349,7 +350,7 @@ def with_header_changed(random: random.Random) -> bytes:
 
 
 @given(random=st.randoms(use_true_random=False), kind=st.sampled_from([with_bytes_changed, with_header_changed]))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 def test_a_changed_file_is_refused_or_reads_as_the_package_reads_it(
     tmp_path_factory: pytest.TempPathFactory, random: random.Random, kind: Callable[[random.Random], bytes]
 ) -> None:
@@ -371,7 +372,7 @@ def assert_refused_or_as_the_package(path: Path) -> None:
 
 
 @given(content=st.binary(max_size=200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_random_bytes_are_refused_or_read_as_the_package_reads_them(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:

@@ -7,49 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from k2lite.quant.formats import ScaleSearch, format_named
+from k2lite.quant.formats import format_named
 from k2lite.quant.scale_search import _sum
-from tests.quant.numbers_in_numpy import PACKED, bf16_round, exact_values, in_groups, stored_codes
+from tests.quant.numbers_in_numpy import PACKED, bf16_round, in_groups, stored_codes
+from tests.quant.scale_rules import KINDS, min_max_errors, q4_0_errors, sample, squared_errors
+from tests.samples import examples
 
 MAX_CODE = {4: 7, 8: 127}
-
-
-def sample(kind: str, rows: int = 48, columns: int = 512, seed: int = 0) -> torch.Tensor:
-    random = np.random.default_rng(seed)
-    values = {
-        "gaussian": lambda: random.standard_normal((rows, columns)),
-        "laplace": lambda: random.laplace(size=(rows, columns)),
-        "student t, 4": lambda: random.standard_t(4, (rows, columns)),
-    }[kind]()
-    return torch.from_numpy((values * 0.02).astype(np.float32))
-
-
-KINDS = ["gaussian", "laplace", "student t, 4"]
-
-
-def squared_errors(
-    weight: torch.Tensor, name: str, scale_search: ScaleSearch, importance: torch.Tensor | None = None
-) -> np.ndarray:
-    """Unweighted, [out, groups, columns of a group]."""
-    parts = format_named(name).quantize(weight, scale_search=scale_search, importance=importance)
-    return (exact_values(parts, name) - in_groups(weight.double().numpy(), name)) ** 2
-
-
-def min_max_errors(weight: torch.Tensor, name: str) -> np.ndarray:
-    """compressed-tensors' rule: half the range for the largest weight, and one code more below zero."""
-    half = 1 << (PACKED[name][0] - 1)
-    groups = in_groups(weight.numpy(), name)
-    scale = bf16_round(np.abs(groups).max(-1) / np.float32(half - 0.5)).astype(np.float64)[..., None]
-    return np.asarray((np.rint(groups / scale).clip(-half, half - 1) * scale - groups) ** 2)
-
-
-def q4_0_errors(weight: torch.Tensor) -> np.ndarray:
-    """llama.cpp's Q4_0: the weight of the largest magnitude becomes code -8, scales are F16."""
-    groups = in_groups(weight.numpy(), "int4_g32")
-    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)
-    scale = largest / np.float32(-8)
-    codes = np.trunc(groups / scale + np.float32(8.5)).clip(0, 15) - 8
-    return np.asarray((codes * scale.astype(np.float16).astype(np.float64) - groups) ** 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +57,7 @@ def test_nearly_as_good_as_the_best_of_all_scales(name: str, weighted: bool) -> 
 
 
 @given(seed=st.integers(0, 2**32), name=st.sampled_from(sorted(PACKED)), shape=st.floats(0.05, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_importance_is_what_is_made_small(seed: int, name: str, shape: float) -> None:
     random = np.random.default_rng(seed)
     weight = sample("laplace", 8, 256, seed)

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from k2lite.quant.errors import TokenizerError
 from k2lite.text.byte_tokenizer import own_template
 from k2lite.text.tokenizer import Tokenizer, load_tokenizer
+from tests.samples import examples
 
 WithTemplate = Callable[[str], Tokenizer]
 
@@ -134,7 +135,7 @@ def conversation(texts: list[str]) -> tuple[list[dict[str, Any]], list[dict[str,
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(texts=st.lists(hostile_text, min_size=13, max_size=13))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_user_text_never_becomes_a_control_token(with_template: WithTemplate, template: str, texts: list[str]) -> None:
     tokenizer = with_template(template)
     controls = set(tokenizer.special_tokens.values())

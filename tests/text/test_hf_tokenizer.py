@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from k2lite.quant.errors import TokenizerError
 from k2lite.text.stream import TextStream
 from k2lite.text.tokenizer import Tokenizer, load_tokenizer
+from tests.samples import examples
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -50,7 +51,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=40) | st.sampled_from([BOS, f"a{EOS}b", "<think>x"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_ids_equal_the_package_s(oracle: tokenizers.Tokenizer, tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, allow_special=True)
     assert ids == oracle.encode(text, add_special_tokens=False).ids

@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from k2lite.quant.errors import TokenizerError
 from k2lite.text.kimi_tokenizer import SPLIT_PATTERN, _cut, read_ranks
 from k2lite.text.tokenizer import Tokenizer, load_tokenizer
+from tests.samples import examples
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +99,7 @@ def ranks(kimi_folder: Path) -> dict[bytes, int]:
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=60) | st.text("aB 1'sé中の\n\t\r!<|", max_size=60))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_ids_equal_a_plain_bpe_loop_over_another_regex_engine(
     kimi: Tokenizer, ranks: dict[bytes, int], text: str
 ) -> None:
@@ -109,7 +110,7 @@ def test_ids_equal_a_plain_bpe_loop_over_another_regex_engine(
 
 
 @given(parts=st.lists(st.tuples(st.sampled_from("ax \n\u3000"), st.integers(1, 60_000)), max_size=12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_long_texts_are_cut_as_moonshot_cuts_them(parts: list[tuple[str, int]]) -> None:
     """No piece over 400,000 characters, no run over 25,000, and every cut as late as it may be."""
     text = "".join(character * count for character, count in parts)

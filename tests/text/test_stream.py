@@ -6,6 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from k2lite.text.stream import TextStream
 from k2lite.text.tokenizer import Tokenizer
+from tests.samples import examples
 
 text_bytes = st.lists(st.sampled_from(["a", "b", "ab", "é", "中", "🙂", "\xff", "<"]), max_size=14).map("".join)
 ids = st.lists(st.integers(0, 511), max_size=40) | text_bytes.map(lambda text: list(text.encode("utf-8")))
@@ -22,7 +23,7 @@ def cut_at_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 
 @given(ids=ids)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_pieces_together_are_the_decoded_text(byte_tokenizer: Tokenizer, ids: list[int]) -> None:
     for skip in (True, False):
         stream = TextStream(byte_tokenizer, skip_special=skip)
@@ -31,7 +32,7 @@ def test_pieces_together_are_the_decoded_text(byte_tokenizer: Tokenizer, ids: li
 
 
 @given(text=text_bytes, cut=st.integers(0, 30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_no_half_character_is_ever_emitted(byte_tokenizer: Tokenizer, text: str, cut: int) -> None:
     stream = TextStream(byte_tokenizer)
     emitted = "".join(stream.feed(byte) for byte in text.encode()[:cut])
@@ -39,7 +40,7 @@ def test_no_half_character_is_ever_emitted(byte_tokenizer: Tokenizer, text: str,
 
 
 @given(ids=ids, stops=st.lists(st.sampled_from(["ab", "b", "aba", "aab", "é中", "🙂", "", "a\ufffd"]), max_size=3))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 def test_stop_strings_cut_the_text_wherever_tokens_end(
     byte_tokenizer: Tokenizer, ids: list[int], stops: list[str]
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from k2lite.loading import open_model
+from k2lite.quant.durable_files import write_new_folder
 from k2lite.quant.errors import RequestError
 from k2lite.text.byte_tokenizer import N_BYTES, write_byte_tokenizer
 
@@ -29,24 +30,13 @@ def write_slice(
     folder: Path, config: dict[str, Any], shards: Sequence[ShardLayout], *, seed: int, progress: Progress
 ) -> None:
     """Write the folder, complete or not at all. Refuses a name that exists, unless it is an empty folder."""
-    try:
-        # the last test: "." and ".." have no name beside which to write
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.name in ("", "..")):
-            raise RequestError(f"{folder}: exists already; name a new folder")
-        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
-        try:
-            _check_space(partial, shards)
-            _fill(partial, config, shards, seed, progress)
-            open_model(partial)[1].raise_for_problems()
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
-            _sync(folder.absolute().parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise RequestError(f"{folder}: can't be written: {error.strerror or error}") from error
+
+    def fill(partial: Path) -> None:
+        _check_space(partial, shards)
+        _fill(partial, config, shards, seed, progress)
+        open_model(partial)[1].raise_for_problems()
+
+    write_new_folder(folder, fill)
 
 
 def _check_space(folder: Path, shards: Sequence[ShardLayout]) -> None:
@@ -74,9 +64,6 @@ def _fill(folder: Path, config: dict[str, Any], shards: Sequence[ShardLayout], s
         {"max_length": config["max_position_embeddings"], "eos_token_id": end_of_turn},
     )
     write_byte_tokenizer(folder)
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
 
 
 def write_shard(path: Path, shard: ShardLayout, seed: int) -> None:
@@ -121,12 +108,3 @@ def _write_at(file: int, offset: int, content: bytes | memoryview) -> int:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

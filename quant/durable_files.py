@@ -1,0 +1,62 @@
+"""Files and folders that are put in place whole or not at all: a temporary name, fsync, rename, fsync of the folder.
+
+Imports no torch. Knows nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import CheckpointError, RequestError
+
+PARTIAL = ".partial"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file. Raises CheckpointError where it can't be written."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written: {error.strerror or error}; go on with --resume") from error
+
+
+def write_new_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Have `fill` write into a folder beside `folder`, then put it in place. Raises RequestError for a name that
+    exists, unless it is an empty folder, and for a place that can't be written; what `fill` raises leaves nothing."""
+    try:
+        # the last test: "." and ".." have no name beside which to write
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) or folder.name in ("", "..")):
+            raise RequestError(f"{folder}: exists already; name a new folder")
+        partial = folder.with_name(f".{folder.name}{PARTIAL}-{os.getpid()}")
+        partial.mkdir(parents=True)
+        try:
+            fill(partial)
+            for path in partial.iterdir():
+                sync(path)
+            sync(partial)
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+            sync(folder.absolute().parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise RequestError(f"{folder}: can't be written: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Put a file's bytes, or a folder's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
