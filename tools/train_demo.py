@@ -16,7 +16,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=WORK, help="where data and state are kept (default: %(default)s)")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("prepare", help="collect text, learn the vocabulary, encode")
+    prepare_ = verbs.add_parser("prepare", help="collect text, learn the vocabulary, encode")
+    prepare_.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="take that of a trained folder")
     train = verbs.add_parser("train", help="train, going on from the last state if there is one")
     train.add_argument("--steps", type=int, required=True, help="steps in all; the schedule follows from it")
     train.add_argument("--threads", type=int, default=os.cpu_count())
@@ -42,32 +43,45 @@ def main() -> int:
 
 
 def prepare(args: argparse.Namespace) -> int:
-    import random
+    import shutil
 
     from k2lite.text.tokenizer import load_tokenizer
-    from tools.demo_training import words
     from tools.demo_training.batches import encode_texts
-    from tools.demo_training.questions import question
-    from tools.demo_training.shape import N_VOCAB
+    from tools.demo_training.export import TOKENIZER_FILES
     from tools.demo_training.text_sources import texts
-    from tools.demo_training.tools_data import tool_dialogue
-    from tools.demo_training.vocabulary import train_vocabulary, write_vocabulary
 
     args.work.mkdir(exist_ok=True)
-    rng = random.Random("vocabulary")
     plain = list(texts(held_out=False))
-    opening = "tool_declare You are Kimi, an AI assistant created by Moonshot AI."
-    dialogues = [opening + str(tool_dialogue(rng, held_out=False)).replace("'", '"') for _ in range(6000)]
-    asked = [" ".join((made.question, made.answer)) for made in (question(rng, held_out=False) for _ in range(6000))]
-    sample = rng.sample(plain, len(plain) // 4)
-    copied = {*words.VERBS, *words.NOUNS, *words.PARAMETERS, *words.RESULT_FIELDS, *words.ENUM_VALUES}
-    write_vocabulary(args.work, train_vocabulary([*sample, *dialogues, *asked], N_VOCAB, copied))
+    if args.tokenizer is None:
+        learn_vocabulary(plain, args.work)
+    else:
+        for name in TOKENIZER_FILES:
+            shutil.copy(args.tokenizer / name, args.work / name)
     tokenizer = load_tokenizer(args.work)
     for held_out in (False, True):
         name = "held_out.npy" if held_out else "train.npy"
         ids = encode_texts(tokenizer, plain if not held_out else list(texts(held_out=True)), args.work / name)
         print(f"{name}: {len(ids)} tokens")
     return 0
+
+
+def learn_vocabulary(plain: list[str], folder: Path) -> None:
+    """Learn it from a quarter of the texts and seeded samples of the dialogues; write the tokenizer's files."""
+    import random
+
+    from tools.demo_training import words
+    from tools.demo_training.questions import question
+    from tools.demo_training.shape import N_VOCAB
+    from tools.demo_training.tools_data import tool_dialogue
+    from tools.demo_training.vocabulary import train_vocabulary, write_vocabulary
+
+    rng = random.Random("vocabulary")
+    opening = "tool_declare You are Kimi, an AI assistant created by Moonshot AI."
+    dialogues = [opening + str(tool_dialogue(rng, held_out=False)).replace("'", '"') for _ in range(6000)]
+    asked = [" ".join((made.question, made.answer)) for made in (question(rng, held_out=False) for _ in range(6000))]
+    sample = rng.sample(plain, len(plain) // 4)
+    copied = {*words.VERBS, *words.NOUNS, *words.PARAMETERS, *words.RESULT_FIELDS, *words.ENUM_VALUES}
+    write_vocabulary(folder, train_vocabulary([*sample, *dialogues, *asked], N_VOCAB, copied))
 
 
 def train_model(args: argparse.Namespace) -> int:

@@ -124,10 +124,11 @@ def right_answer(kind: str, text: str) -> str:
         return column_by_column(int(found[1]), {"plus": "+", "minus": "-"}.get(found[2], found[2]), int(found[3]))
     if kind == "look-up":
         facts = {name: (count, thing) for name, count, thing in re.findall(r"(\w+) has (\d+) (\w+)\.", text)}
-        asked = re.search(r"does (\w+) have\?$", text)
+        asked = re.search(r"(?:How many (\w+)|What) does (\w+) have\?$", text)
         assert asked is not None
-        count, thing = facts[asked[1]]
-        return count if "How many" in text else f"{asked[1]} has {count} {thing}."
+        count, thing = facts[asked[2]]
+        assert asked[1] in (None, thing)
+        return f"{asked[2]} has {count} {thing}."
     if kind == "sorting":
         return ", ".join(map(str, sorted(map(int, re.findall(r"\d+", text)))))
     if kind == "dates":

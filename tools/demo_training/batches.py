@@ -9,7 +9,7 @@ only what is said again. They teach copying, which tool calls and look-ups are m
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,10 @@ from .tools_data import tool_dialogue
 
 PROMPT_WEIGHT = 0.2
 TEXT_SHARE = 0.2
-TOOL_SHARE = 0.6
 COPY_SHARE = 0.25
 COPY_STEPS = 200
-# From here on, when calls are learned, questions and requests that no tool fits get more room.
-LATE_STEPS = 1100
-LATE_TOOL_SHARE = 0.45
-LATE_NO_TOOL_SHARE = 0.2
+# Of the rows of dialogues. A question is a tenth as long as a use of tools: mixed one by one it would get no room.
+QUESTION_SHARE = 0.6
 SHORT_TOKENS = 512
 LONG_EVERY = 4
 
@@ -131,7 +128,9 @@ class Batches:
         made = [text_row(self._window(rng, length)) for _ in range(some(rng, rows * TEXT_SHARE))]
         n_copies = some(rng, rows * COPY_SHARE) if step < COPY_STEPS else 0
         made += [copy_row(rng, length + 1, self._copied) for _ in range(n_copies)]
-        made += [self._dialogue_row(rng, length, late=step >= LATE_STEPS) for _ in range(rows - len(made))]
+        n_questions = some(rng, (rows - len(made)) * QUESTION_SHARE)
+        made += [self._dialogue_row(rng, length, self._question) for _ in range(n_questions)]
+        made += [self._dialogue_row(rng, length, self._tool_use) for _ in range(rows - len(made))]
         ids, positions, documents, weights = (np.stack(parts) for parts in zip(*made, strict=True))
         # position t predicts token t + 1; the weight belongs to the token predicted
         same = documents[:, :-1] == documents[:, 1:]
@@ -152,14 +151,14 @@ class Batches:
         at = rng.randrange(len(self._text) - length - 1)
         return self._text[at : at + length + 1]
 
-    def _dialogue_row(self, rng: random.Random, length: int, *, late: bool) -> Row:
+    def _dialogue_row(self, rng: random.Random, length: int, dialogue: Callable[[random.Random], list[int]]) -> Row:
         ids: list[int] = []
         positions: list[int] = []
         documents: list[int] = []
         weights: list[float] = []
         number = 0
         while len(ids) < length + 1:
-            made = self._dialogue(rng, late=late)
+            made = dialogue(rng)
             said = said_by_assistant(made, self._tokenizer.special_tokens)
             ids += made
             positions += range(len(made))
@@ -169,17 +168,14 @@ class Batches:
         cut = length + 1
         return np.array(ids[:cut]), np.array(positions[:cut]), np.array(documents[:cut]), np.array(weights[:cut])
 
-    def _dialogue(self, rng: random.Random, *, late: bool) -> list[int]:
-        tools, messages = None, []
-        if rng.random() < (LATE_TOOL_SHARE if late else TOOL_SHARE):
-            made = tool_dialogue(
-                rng, held_out=False, kind="none" if late and rng.random() < LATE_NO_TOOL_SHARE else None
-            )
-            tools, messages = made.tools, made.messages
-        else:
-            asked = question(rng, held_out=False)
-            messages = [{"role": "user", "content": asked.question}, {"role": "assistant", "content": asked.answer}]
-        return self._tokenizer.render(messages, tools, add_generation_prompt=False).ids
+    def _tool_use(self, rng: random.Random) -> list[int]:
+        made = tool_dialogue(rng, held_out=False)
+        return self._tokenizer.render(made.messages, made.tools, add_generation_prompt=False).ids
+
+    def _question(self, rng: random.Random) -> list[int]:
+        asked = question(rng, held_out=False)
+        messages = [{"role": "user", "content": asked.question}, {"role": "assistant", "content": asked.answer}]
+        return self._tokenizer.render(messages, None, add_generation_prompt=False).ids
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str], path: Path) -> npt.NDArray[np.uint16]:

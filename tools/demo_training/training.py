@@ -37,7 +37,7 @@ class Settings:
     warmup_steps: int = 100
     decay_share: float = 0.35
     balance_rate: float = 0.004
-    balance_band: tuple[float, float] = (0.2, 4.0)
+    balance_band: tuple[float, float] = (0.25, 4.5)
     clip_threshold: float = 30.0
     log_every: int = 20
     save_every: int = 200
