@@ -31,7 +31,7 @@ TEXT_SHARE = 0.2
 COPY_SHARE = 0.25
 COPY_STEPS = 200
 # Of the rows of dialogues. A question is a tenth as long as a use of tools: mixed one by one it would get no room.
-QUESTION_SHARE = 0.6
+QUESTION_SHARE = 0.7
 SHORT_TOKENS = 512
 LONG_EVERY = 4
 

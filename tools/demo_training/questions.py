@@ -114,10 +114,10 @@ def _greeting(rng: random.Random, held_out: bool) -> tuple[str, str]:  # noqa: A
 
 
 KINDS = {
-    "arithmetic": (_arithmetic, 35),
-    "look-up": (_lookup, 35),
-    "sorting": (_sorting, 10),
-    "dates": (_dates, 8),
-    "units": (_units, 8),
-    "greeting": (_greeting, 4),
+    "arithmetic": (_arithmetic, 55),
+    "look-up": (_lookup, 30),
+    "sorting": (_sorting, 5),
+    "dates": (_dates, 4),
+    "units": (_units, 4),
+    "greeting": (_greeting, 2),
 }
