@@ -15,8 +15,8 @@ import torch
 
 from .errors import CheckpointError
 from .file_reading import read_exactly
-from .formats import PACKED_INT, ScaleSearch
 from .fp8 import BLOCK, Fp8Block
+from .method import Method
 from .quantization_plan import WEIGHT_SHAPE, Matrix
 from .safetensors_file import TensorRecord
 from .types import QuantTensor
@@ -69,28 +69,44 @@ def read_blocks(matrices: Iterable[Matrix]) -> Iterator[QuantTensor]:
             yield _read_rows(matrix, start, stop)
 
 
-def convert(
-    matrix: Matrix, blocks: Iterator[QuantTensor], scale_search: ScaleSearch, damage: Damage
-) -> Iterator[torch.Tensor]:
+def convert(matrix: Matrix, blocks: Iterator[QuantTensor], method: Method, damage: Damage) -> Iterator[torch.Tensor]:
     """The stored tensors of `matrix` but for weight_shape, in the order of their bytes and in pieces: the first one
     as it is made, the small ones behind it. Takes as many of `blocks` as the matrix has."""
     later: dict[str, list[torch.Tensor]] = {}
-    search: ScaleSearch = scale_search if matrix.target.name in PACKED_INT else "amax"
-    for _ in row_blocks(matrix):
-        block = next(blocks)
-        weights = block.dequantize()
-        try:
-            parts = matrix.target.quantize(weights, scale_search=search)
-        except CheckpointError as error:
-            file = next(iter(matrix.source.parts.values()))[0]
-            raise CheckpointError(f"{file}: {matrix.module}: {error}") from error
-        damage.add(weights, matrix.target.dequantize(parts, block.shape))
+    for weights, parts in _converted(matrix, blocks, method):
+        damage.add(weights, matrix.target.dequantize(parts, tuple(weights.shape)))
         first, *others = (suffix for suffix in parts if suffix != WEIGHT_SHAPE)
         yield parts[first]
         for suffix in others:
             later.setdefault(suffix, []).append(parts[suffix])
     for pieces in later.values():
         yield from pieces
+
+
+def converted_tensor(matrix: Matrix) -> QuantTensor:
+    """The whole matrix in memory, with the bytes that `convert` makes of it by the amax rule."""
+    pieces: dict[str, list[torch.Tensor]] = {}
+    for _, parts in _converted(matrix, read_blocks([matrix]), Method()):
+        for suffix, part in parts.items():
+            pieces.setdefault(suffix, []).append(part)
+    whole = {suffix: torch.cat(parts) for suffix, parts in pieces.items() if suffix != WEIGHT_SHAPE}
+    if WEIGHT_SHAPE in pieces:
+        whole[WEIGHT_SHAPE] = torch.tensor(matrix.source.shape, dtype=torch.int32)
+    return QuantTensor(matrix.target, matrix.source.shape, whole)
+
+
+def _converted(
+    matrix: Matrix, blocks: Iterator[QuantTensor], method: Method
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The values of each block of rows and what they become."""
+    quantize = method.quantizer(matrix)
+    for _ in row_blocks(matrix):
+        weights = next(blocks).dequantize()
+        try:
+            yield weights, quantize(weights)
+        except CheckpointError as error:
+            file = next(iter(matrix.source.parts.values()))[0]
+            raise CheckpointError(f"{file}: {matrix.module}: {error}") from error
 
 
 def _read_rows(matrix: Matrix, start: int, stop: int) -> QuantTensor:

@@ -68,7 +68,7 @@ class PackedInt(QuantFormat):
         shape = tuple(weight.shape)
         parts = {suffix: torch.empty(size, dtype=dtype) for suffix, (dtype, size) in self.parts(shape).items()}
         parts["weight_shape"].copy_(torch.tensor(shape))
-        by_group = self._importance(scale_search, importance, shape[1])
+        by_group = self.demand_importance(scale_search, importance, shape[1])
         step = max(1, BLOCK_WEIGHTS // shape[1])
         for first in range(0, shape[0], step):
             rows = slice(first, first + step)
@@ -81,19 +81,27 @@ class PackedInt(QuantFormat):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The words and scales of some rows. importance: [groups, group size]."""
         groups = rows.to(torch.float32).reshape(len(rows), -1, self.group_size or rows.shape[1])
+        scale = self.scales(groups, scale_search, importance)
+        codes = (groups / scale.to(torch.float32)[:, :, None]).round_()
+        codes.clamp_(self.lowest_code(scale_search), self.max_code)
+        return pack(codes.view(rows.shape), self.bits), scale
+
+    def scales(self, groups: torch.Tensor, scale_search: ScaleSearch, importance: torch.Tensor | None) -> torch.Tensor:
+        """BF16 scales [R, G] of float32 groups [R, G, N]; importance is [G, N]."""
         amax = groups.abs().amax(dim=-1)
         self._demand_finite(amax)
         scale = (amax / self.max_code).to(torch.bfloat16)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        lowest = -self.max_code
-        if scale_search == "mse":
-            scale, lowest = search_scales(groups, scale, self.max_code, importance), lowest - 1
-        codes = (groups / scale.to(torch.float32)[:, :, None]).round_().clamp_(lowest, self.max_code)
-        return pack(codes.view(rows.shape), self.bits), scale
+        return search_scales(groups, scale, self.max_code, importance) if scale_search == "mse" else scale
 
-    def _importance(
+    def lowest_code(self, scale_search: ScaleSearch) -> int:
+        """The smallest code that is written."""
+        return -self.max_code - (scale_search == "mse")
+
+    def demand_importance(
         self, scale_search: ScaleSearch, importance: torch.Tensor | None, columns: int
     ) -> torch.Tensor | None:
+        """Importance by group, [groups, group size]. Raises RequestError where it can't be one."""
         if scale_search not in SCALE_SEARCHES:
             raise RequestError(f"scale_search is {scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
         if importance is None:

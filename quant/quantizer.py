@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .durable_files import PARTIAL, write_whole
 from .errors import CheckpointError, RequestError
 from .file_reading import read_exactly
 from .journal import JOURNAL_NAME, Journal, demand_same
+from .method import HessianSource, Method
+from .moments import Moments
 from .quantization_plan import OutputShard, Piece, QuantizationPlan
 from .read_ahead import read_ahead
 from .safetensors_file import TensorRecord
@@ -53,17 +56,24 @@ class Progress:
 @dataclass(frozen=True)
 class Job:
     """`source` is what the source was when the plan was made, by file: a resumed run must find the same. `config` is
-    the new folder's config.json. `source_folder`'s other files are carried along."""
+    the new folder's config.json. `source_folder`'s other files are carried along. `importance` and `hessians` are what
+    is known of the matrices' inputs."""
 
     plan: QuantizationPlan
     source_folder: Path
     source: Mapping[str, str]
     config: Mapping[str, Any]
     destination: Path
+    importance: Moments | None = None
+    hessians: HessianSource | None = None
+
+    @cached_property
+    def method(self) -> Method:
+        return Method(self.plan.recipe.scale_search, self.importance, self.hessians)
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"settings": self.plan.settings, "source": dict(self.source)}
+        return {"settings": {**self.plan.settings, **self.method.settings}, "source": dict(self.source)}
 
 
 @dataclass
@@ -86,6 +96,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
     """Do the whole job. With `resume`, go on behind what an earlier run of the same job has put on the disk; on an
     absent folder it simply begins. Raises RequestError if the folder is in use, holds something else, or was begun
     with other settings; CheckpointError where bytes can't be read or written."""
+    job.method.demand_known(job.plan.matrices)
     _demand_usable(job.destination, resume)
     journal = Journal(job.destination)
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -217,7 +228,7 @@ def _write_piece(run: _Run, writer: ShardWriter, piece: Piece, blocks: Iterator[
         entry: dict[str, Any] = {"format": matrix.target.name, "source": matrix.source_format.name}
         if not matrix.is_kept:
             damage = Damage()
-            for tensor in convert(matrix, blocks, run.job.plan.recipe.scale_search, damage):
+            for tensor in convert(matrix, blocks, run.job.method, damage):
                 append(tensor)
             entry |= {"relative_mse": _rounded(damage.relative_mse), "cosine": _rounded(damage.cosine)}
         elif matrix.kind == "experts":
