@@ -23,6 +23,7 @@ from .types import QuantTensor
 
 # Weights in one block: 32 MiB in float32, and a few such temporaries.
 BLOCK_WEIGHTS = 8 << 20
+AMAX = Method()
 
 
 @dataclass
@@ -83,10 +84,10 @@ def convert(matrix: Matrix, blocks: Iterator[QuantTensor], method: Method, damag
         yield from pieces
 
 
-def converted_tensor(matrix: Matrix) -> QuantTensor:
-    """The whole matrix in memory, with the bytes that `convert` makes of it by the amax rule."""
+def converted_tensor(matrix: Matrix, method: Method = AMAX) -> QuantTensor:
+    """The whole matrix in memory, with the bytes that `convert` makes of it."""
     pieces: dict[str, list[torch.Tensor]] = {}
-    for _, parts in _converted(matrix, read_blocks([matrix]), Method()):
+    for _, parts in _converted(matrix, read_blocks([matrix]), method):
         for suffix, part in parts.items():
             pieces.setdefault(suffix, []).append(part)
     whole = {suffix: torch.cat(parts) for suffix, parts in pieces.items() if suffix != WEIGHT_SHAPE}
