@@ -9,10 +9,10 @@ Shapes: R rows, C columns.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 
+from .compiling import kernel
 from .errors import CheckpointError
 from .formats import ScaleSearch
 from .packed_int import PackedInt, pack
@@ -62,7 +62,7 @@ def compensated(
     return {"weight_packed": pack(codes, target.bits), "weight_scale": scales, "weight_shape": shape}
 
 
-@numba.njit(cache=True)
+@kernel
 def _round_group(
     values: np.ndarray, factor: np.ndarray, scales: np.ndarray, begin: int, end: int, lowest: int, highest: int,
     codes: np.ndarray,

@@ -24,8 +24,8 @@ from k2lite.quant.recipe import KEEP, Recipe, Rule
 Scope = Literal["experts", "all"]
 # Rows of 64 and of 96 columns hold no group of 128.
 NARROW = {
-    "int4_g128": (Rule(r".*mlp\.experts\..*down_proj", "int4_g64"), Rule(r".*kv_b_proj", "int4_g32")),
-    "int8_g128": (Rule(r".*mlp\.experts\..*down_proj", "int8_channel"), Rule(r".*kv_b_proj", "int8_channel")),
+    "int4_g128": (Rule(r".*mlp\.experts\..*down_proj", "int4_g64"),),
+    "int8_g128": (Rule(r".*experts\..*down_proj", "int8_channel"), Rule(r".*kv_b_proj", "int8_channel")),
 }
 
 
@@ -102,7 +102,7 @@ def values_after(
         experts=way.format,
         trunk=way.format if way.scope == "all" else KEEP,
         lm_head=KEEP,
-        rules=NARROW.get(way.format, ()) if way.scope == "all" else NARROW.get(way.format, ())[:1],
+        rules=NARROW.get(way.format, ()),
         scale_search=way.scale_search,
     )
     method = Method(
