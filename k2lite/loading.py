@@ -10,17 +10,21 @@ from pathlib import Path
 from k2lite.backends.base import Backend
 from k2lite.backends.registry import AUTO, open_backend
 from k2lite.offload.resident import ResidentSource
+from k2lite.offload.source import ExpertSource
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.errors import CheckpointError, TokenizerError
 from k2lite.quant.quantization_config import parse_quantization_config
+from k2lite.quant.quantization_plan import plan_trunk
+from k2lite.quant.recipe import KEEP
 
 from .config import ModelConfig, read_config
 from .engine import Engine
 from .generation_config import read_generation_config
 from .model import Model
 from .placement import plan_placement
+from .recording import Recorder, RecordingBackend, RecordingSource
 from .text.tokenizer import load_tokenizer
-from .weights import checkpoint_schema, load_trunk
+from .weights import checkpoint_schema, load_trunk, trunk_matrices
 
 
 def open_model(folder: Path, *, latent_norm_eps: float | None = None) -> tuple[ModelConfig, Checkpoint]:
@@ -38,6 +42,8 @@ def load(
     backend: str | Backend = AUTO,
     context: int | None = None,
     latent_norm_eps: float | None = None,
+    trunk: str = KEEP,
+    recorder: Recorder | None = None,
 ) -> Engine:
     """Load a model folder and return an engine that is ready to generate.
 
@@ -45,11 +51,16 @@ def load(
     context: tokens that one sequence may hold, prompt and answer; by default the model's limit or 32,768.
     latent_norm_eps: eps of the norms of MLA's two latents; by default 1e-6, as in Hugging Face's code.
 
+    trunk: the format that the trunk's matrices but the head are quantized to while loading, as `quantize --trunk` does;
+        "keep" leaves them as stored.
+    recorder: is told the inputs of every matrix; slow.
+
     Raises K2LiteError's children; see k2lite.errors."""
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
     device = open_backend(backend) if isinstance(backend, str) else backend
-    placement = plan_placement(config, checkpoint, device, context_tokens=context)
+    quantized = plan_trunk(checkpoint, trunk)
+    placement = plan_placement(config, checkpoint, device, context_tokens=context, quantized=quantized)
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:
         raise TokenizerError(
@@ -57,11 +68,15 @@ def load(
             f"{config.vocab_size}; they belong to different models"
         )
     experts = ResidentSource(checkpoint, config.moe_layers, config.n_routed_experts)
-    trunk = load_trunk(checkpoint, config, device)
+    weights = load_trunk(checkpoint, config, device, quantized)
     generation_eos, recommended = read_generation_config(Path(model))
     stop_ids = frozenset(config.eos_token_ids) | frozenset(generation_eos) | tokenizer.end_of_turn_ids
+    model_experts: ExpertSource = experts
+    if recorder is not None:
+        device = RecordingBackend(device, recorder, trunk_matrices(weights, config.tensor_prefix))
+        model_experts = RecordingSource(experts, device, config.tensor_prefix)
     return Engine(
-        Model(config, trunk, experts, device),
+        Model(config, weights, model_experts, device),
         experts,
         placement,
         device=device.device,

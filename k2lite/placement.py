@@ -5,12 +5,14 @@ Made before anything is loaded, printed in one line, and kept to. Knows sizes; d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from k2lite.backends.base import Backend
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError
+from k2lite.quant.quantization_plan import Matrix
 
 from .config import ModelConfig
 from .kv_cache import LatentCache
@@ -43,16 +45,24 @@ class Placement:
 
 
 def plan_placement(
-    config: ModelConfig, checkpoint: Checkpoint, backend: Backend, *, context_tokens: int | None = None
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    *,
+    context_tokens: int | None = None,
+    quantized: Mapping[str, Matrix] | None = None,
 ) -> Placement:
-    """Decide, or raise: ContextLengthError for a context the model was not made for, BackendError for a format the
-    backend can't multiply, MemoryPlanError with the sum where memory is short."""
+    """`quantized` are the trunk's matrices that are converted while loading. Decide, or raise: ContextLengthError for a
+    context the model was not made for, BackendError for a format the backend can't multiply, MemoryPlanError with the
+    sum where memory is short."""
     longest = config.max_position_embeddings
     if context_tokens is not None and not 1 <= context_tokens <= longest:
         raise ContextLengthError(f"context of {context_tokens} tokens asked for; this model takes 1 to {longest}")
     context = min(DEFAULT_CONTEXT_TOKENS, longest) if context_tokens is None else context_tokens
     capabilities = backend.capabilities()
-    missing = {name for uses in checkpoint.formats().values() for name in uses} - capabilities.formats
+    changed = list((quantized or {}).values())
+    used = {name for uses in checkpoint.formats().values() for name in uses} | {m.target.name for m in changed}
+    missing = used - capabilities.formats
     if missing:
         raise BackendError(
             f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
@@ -60,9 +70,9 @@ def plan_placement(
         )
     placement = Placement(
         backend=backend.name,
-        arithmetic=capabilities.arithmetic,
+        arithmetic=capabilities.arithmetic + (f", trunk to {changed[0].target.name}" if changed else ""),
         context_tokens=context,
-        trunk_bytes=checkpoint.trunk_bytes,
+        trunk_bytes=checkpoint.trunk_bytes + sum(matrix.nbytes - matrix.source.nbytes for matrix in changed),
         experts_bytes=checkpoint.experts_bytes,
         kv_bytes=LatentCache.nbytes_for(config, context),
     )

@@ -6,13 +6,15 @@ routed experts: it is loaded whole. Knows no file layout and no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 
 import torch
 
 from k2lite.backends.base import Backend
 from k2lite.quant.checkpoint import Checkpoint
+from k2lite.quant.conversion import converted_tensor
+from k2lite.quant.quantization_plan import Matrix
 from k2lite.quant.schema import CheckpointSchema, IgnoredTensor, TrunkSpec
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
@@ -122,11 +124,15 @@ def _ignored(config: ModelConfig) -> Iterator[IgnoredTensor]:
         )
 
 
-def load_trunk(checkpoint: Checkpoint, config: ModelConfig, backend: Backend) -> TrunkWeights:
-    """Read the trunk into the backend's memory: matrices as stored, norms and biases as float32."""
+def load_trunk(
+    checkpoint: Checkpoint, config: ModelConfig, backend: Backend, quantized: Mapping[str, Matrix] | None = None
+) -> TrunkWeights:
+    """Read the trunk into the backend's memory: matrices as stored, but for those of `quantized` (by canonical name),
+    which are converted on the way; norms and biases as float32."""
 
     def matrix(name: str) -> QuantTensor:
-        stored = checkpoint.trunk(f"{name}.weight")
+        planned = (quantized or {}).get(f"{name}.weight")
+        stored = checkpoint.trunk(f"{name}.weight") if planned is None else converted_tensor(planned)
         parts = {suffix: backend.upload(part) for suffix, part in stored.parts.items()}
         return QuantTensor(stored.format, stored.shape, parts)
 
@@ -165,3 +171,19 @@ def load_trunk(checkpoint: Checkpoint, config: ModelConfig, backend: Backend) ->
         norm=vector("model.norm.weight"),
         lm_head=matrix("lm_head"),
     )
+
+
+def trunk_matrices(trunk: TrunkWeights, prefix: str) -> dict[str, QuantTensor]:
+    """The trunk's matrices that may be quantized, by their stored name without ".weight"."""
+    found = {f"{prefix}lm_head": trunk.lm_head}
+    for index, layer in enumerate(trunk.layers):
+        at = f"{prefix}model.layers.{index}"
+        for field in fields(layer.self_attn):
+            weight = getattr(layer.self_attn, field.name)
+            if isinstance(weight, QuantTensor):
+                found[f"{at}.self_attn.{field.name}"] = weight
+        is_moe = isinstance(layer.ffn, MoeWeights)
+        mlp = layer.ffn.shared_experts if isinstance(layer.ffn, MoeWeights) else layer.ffn
+        at = f"{at}.mlp.shared_experts" if is_moe else f"{at}.mlp"
+        found |= {f"{at}.{name}": weight for name, weight in mlp._asdict().items()}
+    return found

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from .errors import CheckpointError
 from .expert_layout import check_weight_shape, expert_layout
@@ -134,6 +135,15 @@ class Checkpoint:
     def expert_modules(self, key: ExpertKey) -> Mapping[str, StoredModule]:
         """How a routed expert's projections are stored."""
         return self._experts[key]
+
+    def fingerprint(self) -> str:
+        """Tells models apart whatever their matrices are stored in: xxh3 of all vectors of the trunk (norms, the
+        routers' biases), which every format keeps, as float32."""
+        digest = xxhash.xxh3_64()
+        for name, spec in self.schema.trunk.items():
+            if len(spec.shape) == 1:
+                digest.update(self.trunk(name).dequantize().numpy().tobytes())
+        return str(digest.hexdigest())
 
     def _unusable(self, what: str) -> CheckpointError:
         return CheckpointError(

@@ -17,7 +17,7 @@ from .checkpoint import Checkpoint, StoredModule
 from .errors import CheckpointError
 from .formats import PACKED_INT, QuantFormat
 from .fp8 import COMPRESSED_TENSORS_SCALE, SCALE, Fp8Block
-from .recipe import Kind, Recipe
+from .recipe import KEEP, Kind, Recipe
 from .safetensors_file import TensorRecord
 from .shard_writer import TensorSpec, file_bytes
 from .types import PROJECTIONS, ExpertKey
@@ -47,6 +47,16 @@ class Matrix:
     def is_kept(self) -> bool:
         """Whether the bytes stay as they are; the name of an FP8 scale may change."""
         return self.source_format.name == self.target.name
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors in the new file."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its bytes are copied as ranges, unseen."""
+        return self.is_kept and self.kind == "experts"
 
     @property
     def run(self) -> tuple[TensorSpec, ...]:
@@ -148,7 +158,7 @@ class QuantizationPlan:
         for matrix in self.matrices:
             key = (matrix.kind, matrix.source_format.name, matrix.target.name)
             before = rows.get(key, Use(*key, 0, 0, 0))
-            target_bytes = before.target_bytes + sum(spec.nbytes for spec in matrix.specs.values())
+            target_bytes = before.target_bytes + matrix.nbytes
             rows[key] = Use(*key, before.tensors + 1, before.source_bytes + matrix.source.nbytes, target_bytes)
         return list(rows.values())
 
@@ -182,16 +192,8 @@ def _choices(
     checkpoint: Checkpoint, recipe: Recipe
 ) -> Iterator[tuple[str, Kind, ExpertKey | None, StoredModule, QuantFormat]]:
     schema = checkpoint.schema
-
-    def choice(name: str, kind: Kind, module: StoredModule) -> tuple[str, StoredModule, QuantFormat]:
-        stored = schema.prefix + name.removesuffix(".weight")
-        if module.format is None:
-            raise CheckpointError(f"{checkpoint.folder}: {stored} is not whole; k2lite info lists what is wrong")
-        return stored, module, recipe.target(stored, kind, module.format)
-
-    for name, spec in schema.trunk.items():
-        kind: Kind = "kept" if not spec.quantizable else "lm_head" if name.startswith("lm_head") else "trunk"
-        stored, module, target = choice(name, kind, checkpoint.trunk_module(name))
+    for name in schema.trunk:
+        stored, kind, module, target = _trunk_choice(checkpoint, name, recipe)
         yield stored, kind, None, module, target
     for layer in schema.expert_layers:
         for expert in range(schema.n_routed_experts):
@@ -199,8 +201,38 @@ def _choices(
             modules = checkpoint.expert_modules(key)
             for projection in PROJECTIONS:
                 name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
-                stored, module, target = choice(name, "experts", modules[projection])
-                yield stored, "experts", key, module, target
+                stored, target = _choice(checkpoint, name, "experts", modules[projection], recipe)
+                yield stored, "experts", key, modules[projection], target
+
+
+def _trunk_choice(checkpoint: Checkpoint, name: str, recipe: Recipe) -> tuple[str, Kind, StoredModule, QuantFormat]:
+    quantizable = checkpoint.schema.trunk[name].quantizable
+    kind: Kind = "kept" if not quantizable else "lm_head" if name.startswith("lm_head") else "trunk"
+    module = checkpoint.trunk_module(name)
+    stored, target = _choice(checkpoint, name, kind, module, recipe)
+    return stored, kind, module, target
+
+
+def _choice(
+    checkpoint: Checkpoint, name: str, kind: Kind, module: StoredModule, recipe: Recipe
+) -> tuple[str, QuantFormat]:
+    """A weight's stored name without ".weight", and its target."""
+    stored = checkpoint.schema.prefix + name.removesuffix(".weight")
+    if module.format is None:
+        raise CheckpointError(f"{checkpoint.folder}: {stored} is not whole; k2lite info lists what is wrong")
+    return stored, recipe.target(stored, kind, module.format)
+
+
+def plan_trunk(checkpoint: Checkpoint, target: str) -> dict[str, Matrix]:
+    """By canonical name, the trunk's matrices that `quantize --trunk TARGET` changes. Raises RequestError or
+    CheckpointError for a target that is unknown or can't store a weight."""
+    recipe = Recipe(experts=KEEP, trunk=target, lm_head=KEEP)
+    matrices = {}
+    for name in checkpoint.schema.trunk:
+        matrix = _matrix(*_trunk_choice(checkpoint, name, recipe))
+        if not matrix.is_kept:
+            matrices[name] = matrix
+    return matrices
 
 
 def _matrix(module: str, kind: Kind, source: StoredModule, target: QuantFormat) -> Matrix:

@@ -60,6 +60,18 @@ class TensorRecord:
 def read_header(path: Path) -> dict[str, TensorRecord]:
     """The tensors of a file by name, in the order of their bytes. Raises CheckpointError naming the file, the tensor
     where there is one, what was found and what was expected."""
+    entries, _, data_start, size = _read_entries(path)
+    records = [_record(path, name, entry, data_start, size) for name, entry in entries.items()]
+    return _in_order(path, records, data_start, size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings that a file's writer left in its header. Raises CheckpointError as `read_header`."""
+    return _read_entries(path)[1]
+
+
+def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
+    """Unchecked entries, metadata, where the data starts, and the size of the file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -81,9 +93,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     metadata = entries.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, f"the {_METADATA} entry {shown(metadata)}", "an object of strings")
-    data_start = _LENGTH.size + length
-    records = [_record(path, name, entry, data_start, size) for name, entry in entries.items()]
-    return _in_order(path, records, data_start, size)
+    return entries, metadata, _LENGTH.size + length, size
 
 
 def _record(path: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorRecord:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .types import PROJECTIONS
+
 
 @dataclass(frozen=True, slots=True)
 class TrunkSpec:
@@ -43,3 +45,13 @@ class CheckpointSchema:
         if projection == "down_proj":
             return self.hidden_size, self.moe_intermediate_size
         return self.moe_intermediate_size, self.hidden_size
+
+    def matrix_widths(self) -> dict[str, int]:
+        """Inputs of every matrix that may be quantized, by its stored name without ".weight"."""
+        trunk = {name: spec.shape[1] for name, spec in self.trunk.items() if spec.quantizable}
+        widths = {self.prefix + name.removesuffix(".weight"): width for name, width in trunk.items()}
+        for layer in self.expert_layers:
+            for expert in range(self.n_routed_experts):
+                at = f"{self.prefix}model.layers.{layer}.mlp.experts.{expert}"
+                widths |= {f"{at}.{name}": self.projection_shape(name)[1] for name in PROJECTIONS}
+        return widths

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from k2lite.engine import Engine
+    from k2lite.recording import Recorder
     from k2lite.sampling import SamplingParams
 
 
@@ -20,6 +21,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="what multiplies: auto, reference (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
+    )
+    parser.add_argument(
+        "--trunk",
+        default="keep",
+        metavar="FORMAT",
+        help="quantize attention, shared experts and dense layers while loading, to a format of quantize --trunk, such "
+        "as int8_g128 (default: keep)",
     )
     add_eps_argument(parser)
 
@@ -58,7 +66,7 @@ def check_sampling_arguments(args: argparse.Namespace) -> None:
         raise RequestError("an empty --stop has no effect; name a text or leave it out")
 
 
-def load_engine(args: argparse.Namespace) -> Engine:
+def load_engine(args: argparse.Namespace, recorder: Recorder | None = None) -> Engine:
     """Load the model that the arguments name and print the plan, one line, on stderr."""
     from k2lite.demo_folder import DEMO_FOLDER
     from k2lite.loading import load
@@ -66,7 +74,14 @@ def load_engine(args: argparse.Namespace) -> Engine:
     if args.model is None:
         print("k2lite: no MODEL is named, so the demo model answers: a small Kimi-K2 of k2lite's own", file=sys.stderr)
     folder = args.model or DEMO_FOLDER
-    engine = load(folder, backend=args.backend, context=args.context, latent_norm_eps=args.latent_norm_eps)
+    engine = load(
+        folder,
+        backend=args.backend,
+        context=args.context,
+        latent_norm_eps=args.latent_norm_eps,
+        trunk=args.trunk,
+        recorder=recorder,
+    )
     print(f"k2lite: {engine.placement}", file=sys.stderr)
     return engine
 

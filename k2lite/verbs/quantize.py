@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from k2lite.quant.errors import RequestError
 
+from .calibration_options import GPTQ, add_calibration_arguments, calibrate, check_calibration_arguments
+
 if TYPE_CHECKING:
+    from k2lite.config import ModelConfig
     from k2lite.quant.checkpoint import Checkpoint
     from k2lite.quant.quantization_plan import QuantizationPlan
     from k2lite.quant.quantizer import Job, Progress
@@ -38,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help="how integer scales are found: amax (default), or mse: smaller errors, slower, scales of either sign",
     )
+    parser.add_argument(
+        "--importance",
+        metavar="FILE",
+        type=Path,
+        help="weigh the errors of --scale-search mse by the moments of k2lite trace --moments FILE",
+    )
+    add_calibration_arguments(parser)
     parser.add_argument("--text-only", action="store_true", help="leave a vision tower out")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--resume", action="store_true", help="go on where a run was cut off")
@@ -50,6 +60,7 @@ def execute(args: argparse.Namespace) -> int:
 
     config, checkpoint = open_model(args.source)
     checkpoint.raise_for_problems()
+    check_calibration_arguments(args)
     native = _is_int4_native(checkpoint)
     if native and args.destination is None and not args.dry_run:
         print(f"k2lite quantize: the experts of {args.source} are INT4 already; run it as it is", file=sys.stderr)
@@ -62,7 +73,7 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     if args.destination is None:
         raise RequestError("name a folder to write to: k2lite quantize SRC DST")
-    job = _job(args, config.source, checkpoint, plan)
+    job = _with_statistics(args, _job(args, config.source, checkpoint, plan), config, checkpoint)
     progress, seconds = _run(job, args)
     facts = {**plan_facts(plan), "seconds": seconds, "read_bytes": progress.read_bytes,
              "written_bytes": progress.written_bytes, "folder": str(args.destination)}  # fmt: skip
@@ -99,6 +110,20 @@ def _job(args: argparse.Namespace, config: Path, checkpoint: Checkpoint, plan: Q
     files = {config.name: config, **{shard.path.name: shard.path for shard in checkpoint.shards}}
     config_json = quantized_config(read_json_object(config), plan)
     return Job(plan, args.source, source_identity(files), config_json, args.destination)
+
+
+def _with_statistics(args: argparse.Namespace, job: Job, config: ModelConfig, checkpoint: Checkpoint) -> Job:
+    """The job with what the user has it know of the matrices' inputs."""
+    from dataclasses import replace
+
+    if args.importance is not None:
+        from k2lite.quant.moments import open_moments
+
+        job = replace(job, importance=open_moments(args.importance, checkpoint))
+    if args.rounding == GPTQ:
+        job = replace(job, hessians=calibrate(args, config, checkpoint, job.plan))
+    job.method.demand_known(job.plan.matrices)
+    return job
 
 
 def _run(job: Job, args: argparse.Namespace) -> tuple[Progress, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from k2lite.loading import open_model
+from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.expert_layout import expert_weights, read_extents
 from k2lite.quant.formats import FP8_NAME, format_named
-from k2lite.quant.types import PROJECTIONS, ExpertKey
+from k2lite.quant.schema import CheckpointSchema
+from k2lite.quant.types import ExpertKey
 
 from .transformer import Transformer
 
@@ -46,25 +49,38 @@ def checkpoint_weights(model: Transformer) -> dict[str, Tensor]:
 
 
 def load_exported(model: Transformer, folder: Path) -> None:
-    """Give `model` the weights of an exported folder, so that training goes on from what was shipped. Gate and up, and
-    the experts of a layer, become stacks again."""
+    """Give `model` the weights of an exported folder, so that training goes on from what was shipped."""
     _, checkpoint = open_model(folder)
     checkpoint.raise_for_problems()
+    load_values(model, checkpoint.schema, values_of(checkpoint))
 
-    def expert(layer: int, number: int) -> dict[str, Tensor]:
-        layout = checkpoint.expert(ExpertKey(layer, number))
-        made = expert_weights(layout, read_extents(layout))
-        return {name: getattr(made, name).dequantize() for name in PROJECTIONS}
 
+def values_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights in float32, by stored name without ".weight"."""
+    schema = checkpoint.schema
+    values = {
+        schema.prefix + name.removesuffix(".weight"): checkpoint.trunk(name).dequantize() for name in schema.trunk
+    }
+    for layer in schema.expert_layers:
+        for number in range(schema.n_routed_experts):
+            layout = checkpoint.expert(ExpertKey(layer, number))
+            at = f"{schema.prefix}model.layers.{layer}.mlp.experts.{number}"
+            made = expert_weights(layout, read_extents(layout))
+            values |= {f"{at}.{name}": weight.dequantize() for name, weight in made._asdict().items()}
+    return values
+
+
+def load_values(model: Transformer, schema: CheckpointSchema, values: Mapping[str, Tensor]) -> None:
+    """Give `model` these weights. Gate and up, and the experts of a layer, become stacks."""
     state = model.state_dict()
-    for index in checkpoint.schema.expert_layers:
-        experts = [expert(index, number) for number in range(checkpoint.schema.n_routed_experts)]
-        at = f"layers.{index}.mlp"
-        state[f"{at}.gate_up_proj"] = torch.stack([torch.stack((e["gate_proj"], e["up_proj"])) for e in experts])
-        state[f"{at}.down_proj"] = torch.stack([e["down_proj"] for e in experts])
-    for name in checkpoint.schema.trunk:
+    for layer in schema.expert_layers:
+        experts = [f"model.layers.{layer}.mlp.experts.{number}" for number in range(schema.n_routed_experts)]
+        pairs = [torch.stack((values[f"{at}.gate_proj"], values[f"{at}.up_proj"])) for at in experts]
+        state[f"layers.{layer}.mlp.gate_up_proj"] = torch.stack(pairs)
+        state[f"layers.{layer}.mlp.down_proj"] = torch.stack([values[f"{at}.down_proj"] for at in experts])
+    for name in schema.trunk:
         own = name.removeprefix("model.").replace("mlp.gate.e_score_correction_bias", "mlp.bias")
-        state[own.replace("mlp.gate.weight", "mlp.router.weight")] = checkpoint.trunk(name).dequantize()
+        state[own.replace("mlp.gate.weight", "mlp.router.weight")] = values[name.removesuffix(".weight")]
     model.load_state_dict(state)
 
 
