@@ -204,7 +204,7 @@ def _read(pieces: Iterable[Piece], scale_search: ScaleSearch) -> Iterator[Block 
             yield from _read_carried(*piece.carried)
         for matrix in piece.matrices:
             if not matrix.is_kept:
-                yield from read_blocks([matrix], scale_search)
+                yield from read_blocks(matrix, scale_search)
             elif not matrix.is_copied:
                 for path, record in matrix.kept_run:
                     yield from _read_carried(path, record)
