@@ -8,7 +8,7 @@ added in their order, so neither the block size nor the number of threads change
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,15 +77,20 @@ class ConvertedBlock:
     sums: np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
-def read_blocks(matrices: Iterable[Matrix], method: Method) -> Iterator[Block]:
-    """The source rows of each matrix, block after block."""
-    for matrix in matrices:
-        quantize = method.quantizer(matrix)
-        for start, stop in row_spans(matrix, READ_BYTES // max(1, matrix.source.nbytes // matrix.source.shape[0])):
-            read = _read_rows(matrix, start, stop)
-            columns = math.prod(matrix.source.shape[1:])
-            for first, last in row_spans(matrix, BLOCK_WEIGHTS // columns, stop - start):
-                yield Block(matrix, _rows_of(read, first, last), quantize)
+def read_blocks(matrix: Matrix, method: Method) -> Iterator[Block]:
+    """The source rows of a matrix, block after block."""
+    quantize = method.quantizer(matrix)
+    columns = math.prod(matrix.source.shape[1:])
+    for start, stop in row_spans(matrix.source.shape[0], READ_BYTES * matrix.source.shape[0] // matrix.source.nbytes):
+        read = _read_rows(matrix, start, stop)
+        for first, last in row_spans(stop - start, BLOCK_WEIGHTS // columns):
+            yield Block(matrix, _rows_of(read, first, last), quantize)
+
+
+def read_first_rows(matrix: Matrix, method: Method) -> Block:
+    """The fewest rows that can be converted by themselves, as a block."""
+    rows = _read_rows(matrix, 0, min(BLOCK, matrix.source.shape[0]))
+    return Block(matrix, rows, method.quantizer(matrix))
 
 
 def convert_block(block: Block) -> ConvertedBlock:
@@ -128,7 +133,7 @@ def converted(matrix: Matrix, blocks: Iterator[ConvertedBlock], damage: Damage) 
 def converted_tensor(matrix: Matrix, method: Method | None = None) -> QuantTensor:
     """The whole matrix in memory, with the bytes that `converted` makes of it; by the amax rule where no other is."""
     pieces: dict[str, list[torch.Tensor]] = {}
-    for block in map(convert_block, read_blocks([matrix], method or Method())):
+    for block in map(convert_block, read_blocks(matrix, method or Method())):
         for suffix, parts in block.parts.items():
             pieces.setdefault(suffix, []).extend(parts)
     whole = {suffix: torch.cat(parts) for suffix, parts in pieces.items()}
@@ -137,9 +142,8 @@ def converted_tensor(matrix: Matrix, method: Method | None = None) -> QuantTenso
     return QuantTensor(matrix.target, matrix.source.shape, whole)
 
 
-def row_spans(matrix: Matrix, most: int, rows: int | None = None) -> list[tuple[int, int]]:
-    """Spans of about `most` of a matrix's rows, or of its first ones, that can be read and converted by themselves."""
-    rows = matrix.source.shape[0] if rows is None else rows
+def row_spans(rows: int, most: int) -> list[tuple[int, int]]:
+    """Spans of at most about `most` rows, that can be read and converted by themselves."""
     step = max(1, most // BLOCK) * BLOCK
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 

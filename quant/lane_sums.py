@@ -22,7 +22,7 @@ _VECTOR = ir.VectorType(ir.FloatType(), WIDTH)
 
 
 @intrinsic
-def add_errors(typing, tile, places, inverse, max_code, weights, sums):  # type: ignore[no-untyped-def]
+def add_errors(_typing, tile, places, inverse, max_code, weights, sums):  # type: ignore[no-untyped-def]
     """Add to sums[0], float32 [1, LANES], weight * (step - code)**2 of the first `places` of tile [., LANES]: step is
     the value times inverse [LANES], code the integer nearest to it in -max_code - 1..max_code. weights is [., LANES] or
     None for 1."""
@@ -36,7 +36,7 @@ def add_errors(typing, tile, places, inverse, max_code, weights, sums):  # type:
 
 
 @intrinsic
-def add_products(typing, tile, places, inverse, max_code, weights, sums):  # type: ignore[no-untyped-def]
+def add_products(_typing, tile, places, inverse, max_code, weights, sums):  # type: ignore[no-untyped-def]
     """Like add_errors, with sums [2, LANES]: of weight * step * code and of weight * code**2."""
 
     def body(build: _Builder, sums: list[Any], value: Any, inverse: Any, weight: Any) -> list[Any]:

@@ -76,8 +76,8 @@ def bf16(value):  # type: ignore[no-untyped-def]
 
 @kernel
 def amax_scales(weights, max_code, scales):  # type: ignore[no-untyped-def]
-    """Fill scales [R, G], float32 that BF16 holds: amax / max_code of each group of weights float32 [R, C], 1 where that
-    is 0. False if a weight is NaN or infinite."""
+    """Fill scales [R, G], float32 that BF16 holds: amax / max_code of each group of weights float32 [R, C], 1 where
+    that is 0. False if a weight is NaN or infinite."""
     rows, groups = scales.shape
     size = weights.shape[1] // groups
     bits = weights.view(uint32)
@@ -97,8 +97,8 @@ def amax_scales(weights, max_code, scales):  # type: ignore[no-untyped-def]
 @kernel
 def encode(weights, scales, lowest, highest, bits, packed, scratch):  # type: ignore[no-untyped-def]
     """Stored codes of weights float32 [R, C]: the integer nearest to weight / scale within lowest..highest, plus half
-    the codes there are; packed uint8 [R, C * bits / 8] holds each in a byte (8 bits) or two, the lower column in the low
-    nibble. scales: float32 [R, G]; scratch: uint8 [C]."""
+    the codes there are; packed uint8 [R, C * bits / 8] holds one in a byte (8 bits) or two, the lower column in the
+    low nibble. scales: float32 [R, G]; scratch: uint8 [C]."""
     rows, groups = scales.shape
     columns = weights.shape[1]
     size = columns // groups

@@ -213,7 +213,7 @@ def _read(pieces: Iterable[Piece], method: Method) -> Iterator[Block | torch.Ten
             yield from _read_carried(*piece.carried)
         for matrix in piece.matrices:
             if not matrix.is_kept:
-                yield from read_blocks([matrix], method)
+                yield from read_blocks(matrix, method)
             elif not matrix.is_copied:
                 for path, record in matrix.kept_run:
                     yield from _read_carried(path, record)

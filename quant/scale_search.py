@@ -37,7 +37,7 @@ def search_scales(weights: np.ndarray, scales: np.ndarray, max_code: int, import
     importance is float32 [C], one number a column and at least 0, None for 1. The candidates are the scales times
     FACTORS, signed, then REFINEMENTS times the scale that the best codes so far would like to have, in closed form
     (least squares); all are rounded to BF16 first."""
-    rows, groups = scales.shape
+    groups = scales.shape[1]
     _search(
         weights.reshape(scales.size, -1),
         scales.reshape(-1),
