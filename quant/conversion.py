@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import StoredModule
 from .errors import CheckpointError
 from .file_reading import read_exactly
 from .formats import PACKED_INT, ScaleSearch
-from .fp8 import BLOCK, Fp8Block
+from .fp8 import BLOCK
 from .quantization_plan import WEIGHT_SHAPE, Matrix
 from .safetensors_file import TensorRecord
 from .types import QuantTensor
@@ -56,9 +57,15 @@ class Damage:
 
 def row_blocks(matrix: Matrix) -> list[tuple[int, int]]:
     """The spans of rows that are converted together."""
-    rows = matrix.source.shape[0]
-    columns = math.prod(matrix.source.shape[1:])
-    step = max(1, BLOCK_WEIGHTS // max(1, columns) // BLOCK) * BLOCK
+    return row_spans(matrix.source)
+
+
+def row_spans(source: StoredModule) -> list[tuple[int, int]]:
+    """Spans of rows of about BLOCK_WEIGHTS weights that can be read and quantized by themselves in every format."""
+    rows = source.shape[0]
+    columns = math.prod(source.shape[1:])
+    multiple = math.lcm(BLOCK, source.format.row_multiple if source.format else 1)
+    step = max(1, BLOCK_WEIGHTS // max(1, columns) // multiple) * multiple
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -66,7 +73,7 @@ def read_blocks(matrices: Iterable[Matrix]) -> Iterator[QuantTensor]:
     """The source rows of each matrix, block after block."""
     for matrix in matrices:
         for start, stop in row_blocks(matrix):
-            yield _read_rows(matrix, start, stop)
+            yield read_rows(matrix.source, start, stop)
 
 
 def convert(
@@ -80,7 +87,9 @@ def convert(
         block = next(blocks)
         weights = block.dequantize()
         try:
-            parts = matrix.target.quantize(weights, scale_search=search)
+            parts = block.format.recode(block, matrix.target)
+            if parts is None:
+                parts = matrix.target.quantize(weights, scale_search=search)
         except CheckpointError as error:
             file = next(iter(matrix.source.parts.values()))[0]
             raise CheckpointError(f"{file}: {matrix.module}: {error}") from error
@@ -93,15 +102,16 @@ def convert(
         yield from pieces
 
 
-def _read_rows(matrix: Matrix, start: int, stop: int) -> QuantTensor:
-    source = matrix.source_format
-    parts = {}
-    for suffix, (path, record) in matrix.source.parts.items():
-        if suffix != WEIGHT_SHAPE:
-            per_block = isinstance(source, Fp8Block) and suffix == source.scale_suffix
-            step = BLOCK if per_block else 1
-            parts[suffix] = _read_range(path, record, start // step, -(-stop // step))
-    return QuantTensor(source, (stop - start, *matrix.source.shape[1:]), parts)
+def read_rows(source: StoredModule, start: int, stop: int) -> QuantTensor:
+    """Rows [start, stop) of a weight, which are one of its row_spans. Raises CheckpointError naming file and tensor."""
+    if source.format is None:
+        raise CheckpointError("a weight that is not whole can't be read")
+    parts = {
+        suffix: _read_range(path, record, *source.format.part_rows(suffix, start, stop))
+        for suffix, (path, record) in source.parts.items()
+        if suffix != WEIGHT_SHAPE
+    }
+    return QuantTensor(source.format, (stop - start, *source.shape[1:]), parts)
 
 
 def _read_range(path: Path, record: TensorRecord, start: int, stop: int) -> torch.Tensor:

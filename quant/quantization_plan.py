@@ -187,7 +187,7 @@ def _choices(
         stored = schema.prefix + name.removesuffix(".weight")
         if module.format is None:
             raise CheckpointError(f"{checkpoint.folder}: {stored} is not whole; k2lite info lists what is wrong")
-        return stored, module, recipe.target(stored, kind, module.format)
+        return stored, module, recipe.target(stored, kind, module.format.kept_as)
 
     for name, spec in schema.trunk.items():
         kind: Kind = "kept" if not spec.quantizable else "lm_head" if name.startswith("lm_head") else "trunk"
