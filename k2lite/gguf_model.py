@@ -76,8 +76,8 @@ def export_metadata(folder: Path, config: ModelConfig, type_name: str) -> tuple[
     yarn = config.rope.yarn
     if yarn is not None and (yarn.beta_fast, yarn.beta_slow) != LLAMA_CPP_BETAS:
         notes.append(
-            "llama.cpp does not read yarn_beta_fast and yarn_beta_slow of deepseek2 files and takes 32 and 1: run it with "
-            f"--yarn-beta-fast {yarn.beta_fast:g} --yarn-beta-slow {yarn.beta_slow:g}"
+            "llama.cpp does not read yarn_beta_fast and yarn_beta_slow of deepseek2 files and takes 32 and 1: run it "
+            f"with --yarn-beta-fast {yarn.beta_fast:g} --yarn-beta-slow {yarn.beta_slow:g}"
         )
     if config.latent_norm_eps != config.rms_norm_eps:
         notes.append(

@@ -1,7 +1,7 @@
 """Writes a checkpoint as one GGUF file for llama.cpp, a block of rows at a time.
 
-Types follow llama.cpp's own converter: norms, router and biases are F32. With q4_0 the routed experts are Q4_0 and every
-other matrix is Q8_0, as in the "Q4_X" files of Kimi-K2-Thinking. INT4 and INT8 codes are copied; FP8 and floating-point
+Types follow llama.cpp's own converter: norms, router and biases are F32. With q4_0 the routed experts are Q4_0 and all
+other matrices Q8_0, as in the "Q4_X" files of Kimi-K2-Thinking. INT4 and INT8 codes are copied; FP8 and floating-point
 weights are dequantized and quantized. No more is in memory than a few blocks of rows, or one layer's kv_b_proj.
 """
 

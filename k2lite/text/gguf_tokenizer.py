@@ -56,7 +56,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> tuple[dict[str, Any], l
     config = read_tokenizer_config(folder)
     for name in NAMED_IDS:
         named = token_text(config.get(f"{name}_token"))
-        if named in tokenizer.special_tokens:
+        if named is not None and named in tokenizer.special_tokens:
             metadata[f"tokenizer.ggml.{_GGUF_NAMES.get(name, name)}_token_id"] = tokenizer.special_tokens[named]
     if tokenizer.template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.template.source
