@@ -25,7 +25,7 @@ from .tokenizer_files import CONFIG_NAME, TEMPLATE_NAME, read_tokenizer_config, 
 
 MODEL, PRE = "gpt2", "kimi-k2"
 NORMAL, CONTROL, UNUSED = 1, 3, 5
-NAMED_IDS = ("bos", "eos", "unk", "pad")
+NAMED_IDS = ("bos", "eos", "pad", "unk")
 _GGUF_NAMES = {"unk": "unknown", "pad": "padding"}
 _SHOWN = frozenset(DEFAULT_CONTROL_TOKENS[slot] for slot in TOOL_SLOTS) | {"<think>", "</think>"}
 
