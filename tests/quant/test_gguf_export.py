@@ -28,8 +28,8 @@ NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, 3)
 def write(source: Path, path: Path, type_name: str) -> ExportProgress:
     config, checkpoint = open_model(source)
     checkpoint.raise_for_problems()
-    metadata, _ = export_metadata(source, config, type_name)
-    return export(plan_export(checkpoint, type_name, kv_b_heads(config)), metadata, path, lambda _: None)
+    plan = plan_export(checkpoint, type_name, kv_b_heads(config))
+    return export(plan, export_metadata(source, config, type_name)[0], path, lambda _: None)
 
 
 def expected(weights: Weights, heads: int, nope: int) -> Iterator[tuple[str, np.ndarray]]:
