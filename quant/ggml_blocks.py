@@ -151,7 +151,9 @@ def _q8_0(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _inverse(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale == 0, scale, 1 / scale)
+    """1 / scale; 0 where that is no number, so that a group whose scale is 0 or nearly so gets codes of 0."""
+    inverse = 1 / scale
+    return torch.where(torch.isfinite(inverse), inverse, torch.zeros_like(inverse))
 
 
 def _as_f16(scale: torch.Tensor, what: str) -> torch.Tensor:

@@ -33,6 +33,7 @@ def test_mistakes_are_one_line(k2: Run, demo: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (("export", demo, tmp_path / "out", "--type", "q8_0"), "name a file that ends in .gguf"),
         (("export", demo, tmp_path / "out.gguf", "--type", "q5_k"), "--type: 'q5_k' is unknown"),
+        (("export", tmp_path / "bad.gguf", tmp_path / "out.gguf", "--type", "f32"), "makes a folder of it that runs"),
         (("quantize", tmp_path / "bad.gguf", tmp_path / "out"), "bad.gguf: found the file's end"),
     ):
         result = k2(*arguments)
