@@ -29,6 +29,8 @@ from .weights import checkpoint_schema, load_trunk, trunk_matrices
 
 def open_model(folder: Path, *, latent_norm_eps: float | None = None) -> tuple[ModelConfig, Checkpoint]:
     """Read config.json and every shard's header, but no weights. The checkpoint's `problems` are not yet errors."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise CheckpointError(f"{folder}: a GGUF file; k2lite quantize {folder} DST makes a folder of it that runs")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder; a model is a folder with config.json and .safetensors files")
     config = read_config(folder, latent_norm_eps=latent_norm_eps)

@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .checkpoint import StoredModule
 from .decoding import decoded, decoded_spans
 from .direct_reading import read_direct
 from .errors import CheckpointError
 from .formats import FP8_NAME
-from .fp8 import BLOCK, Fp8Block
+from .fp8 import BLOCK
 from .method import Method, Quantize
 from .quantization_plan import WEIGHT_SHAPE, Matrix
 from .safetensors_file import TensorRecord
@@ -31,6 +32,8 @@ BLOCK_WEIGHTS = 2 << 20
 # Weights that stay in a processor's cache, as float32, from one loop over them to the next.
 SPAN_WEIGHTS = 1 << 18
 
+Sums = np.ndarray[tuple[int], np.dtype[np.float64]]
+
 
 @dataclass
 class Damage:
@@ -40,7 +43,7 @@ class Damage:
     after: float = 0.0
     product: float = 0.0
 
-    def add(self, sums: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+    def add(self, sums: Sums) -> None:
         """Sums [3] of weight**2, made**2 and weight * made."""
         self.before += float(sums[0])
         self.after += float(sums[1])
@@ -74,35 +77,36 @@ class ConvertedBlock:
 
     rows: int
     parts: dict[str, list[torch.Tensor]]
-    sums: np.ndarray[tuple[int], np.dtype[np.float64]]
+    sums: Sums
 
 
 def read_blocks(matrix: Matrix, method: Method) -> Iterator[Block]:
     """The source rows of a matrix, block after block."""
-    quantize = method.quantizer(matrix)
-    columns = math.prod(matrix.source.shape[1:])
-    for start, stop in row_spans(matrix.source.shape[0], READ_BYTES * matrix.source.shape[0] // matrix.source.nbytes):
-        read = _read_rows(matrix, start, stop)
-        for first, last in row_spans(stop - start, BLOCK_WEIGHTS // columns):
+    quantize, source = method.quantizer(matrix), matrix.source
+    columns = math.prod(source.shape[1:])
+    for start, stop in row_spans(source, READ_BYTES * source.shape[0] // source.nbytes):
+        read = read_rows(source, start, stop)
+        for first, last in row_spans(source, BLOCK_WEIGHTS // columns, stop - start):
             yield Block(matrix, _rows_of(read, first, last), quantize)
 
 
 def read_first_rows(matrix: Matrix, method: Method) -> Block:
     """The fewest rows that can be converted by themselves, as a block."""
-    rows = _read_rows(matrix, 0, min(BLOCK, matrix.source.shape[0]))
-    return Block(matrix, rows, method.quantizer(matrix))
+    return Block(matrix, read_rows(matrix.source, *row_spans(matrix.source, 1)[0]), method.quantizer(matrix))
 
 
 def convert_block(block: Block) -> ConvertedBlock:
     """The work of one thread. Raises CheckpointError naming file and module."""
-    matrix = block.matrix
+    matrix, rows = block.matrix, block.rows
     columns = math.prod(matrix.source.shape[1:])
     step = BLOCK if matrix.target.name == FP8_NAME else max(1, SPAN_WEIGHTS // columns)
     parts: dict[str, list[torch.Tensor]] = {}
     sums = np.zeros(3)
     try:
-        for weights in decoded_spans(block.rows, step):
-            made = block.quantize(weights)
+        recoded = rows.format.recode(rows, matrix.target)
+        spans = decoded_spans(rows, step) if recoded is None else [decoded(rows)]
+        for weights in spans:
+            made = block.quantize(weights) if recoded is None else recoded
             sums += _sums(weights, QuantTensor(matrix.target, tuple(weights.shape), made))
             for suffix, part in made.items():
                 if suffix != WEIGHT_SHAPE:
@@ -142,43 +146,42 @@ def converted_tensor(matrix: Matrix, method: Method | None = None) -> QuantTenso
     return QuantTensor(matrix.target, matrix.source.shape, whole)
 
 
-def row_spans(rows: int, most: int) -> list[tuple[int, int]]:
-    """Spans of at most about `most` rows, that can be read and converted by themselves."""
-    step = max(1, most // BLOCK) * BLOCK
+def row_spans(source: StoredModule, most: int, rows: int | None = None) -> list[tuple[int, int]]:
+    """Spans of about `most` of a weight's rows, or of `rows` of them, that can be read and converted by themselves."""
+    rows = source.shape[0] if rows is None else rows
+    multiple = math.lcm(BLOCK, source.format.row_multiple if source.format else 1)
+    step = max(1, most // multiple) * multiple
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _sums(weights: torch.Tensor, made: QuantTensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _sums(weights: torch.Tensor, made: QuantTensor) -> Sums:
     from .quantize_kernels import measure
 
-    sums = np.empty((len(weights), 3))
+    by_row = np.empty((len(weights), 3))
     shape = len(weights), -1
-    measure(weights.view(shape).numpy(), decoded(made).view(shape).numpy(), sums)
-    return sums.sum(0)
+    measure(weights.view(shape).numpy(), decoded(made).view(shape).numpy(), by_row)
+    sums: Sums = by_row.sum(0)
+    return sums
 
 
-def _read_rows(matrix: Matrix, start: int, stop: int) -> QuantTensor:
-    source = matrix.source_format
-    parts = {}
-    for suffix, (path, record) in matrix.source.parts.items():
-        if suffix != WEIGHT_SHAPE:
-            step = _rows_a_row(source, suffix)
-            parts[suffix] = _read_range(path, record, start // step, -(-stop // step))
-    return QuantTensor(source, (stop - start, *matrix.source.shape[1:]), parts)
+def read_rows(source: StoredModule, start: int, stop: int) -> QuantTensor:
+    """Rows [start, stop) of a weight, which are one of its row_spans. Raises CheckpointError naming file and tensor."""
+    if source.format is None:
+        raise CheckpointError("a weight that is not whole can't be read")
+    parts = {
+        suffix: _read_range(path, record, *source.format.part_rows(suffix, start, stop))
+        for suffix, (path, record) in source.parts.items()
+        if suffix != WEIGHT_SHAPE
+    }
+    return QuantTensor(source.format, (stop - start, *source.shape[1:]), parts)
 
 
 def _rows_of(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
     """Rows of a tensor that was read, in the same memory."""
-    parts = {}
-    for suffix, part in tensor.parts.items():
-        step = _rows_a_row(tensor.format, suffix)
-        parts[suffix] = part[start // step : -(-stop // step)]
+    parts = {
+        suffix: part[slice(*tensor.format.part_rows(suffix, start, stop))] for suffix, part in tensor.parts.items()
+    }
     return QuantTensor(tensor.format, (stop - start, *tensor.shape[1:]), parts)
-
-
-def _rows_a_row(source: object, suffix: str) -> int:
-    """Rows of a weight that share a row of a stored tensor."""
-    return BLOCK if isinstance(source, Fp8Block) and suffix == source.scale_suffix else 1
 
 
 def _read_range(path: Path, record: TensorRecord, start: int, stop: int) -> torch.Tensor:

@@ -10,11 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from .errors import CheckpointError, RequestError
+
+if TYPE_CHECKING:
+    from .types import QuantTensor
 
 Shape = tuple[int, ...]
 Parts = Mapping[str, torch.Tensor]
@@ -39,6 +42,21 @@ class QuantFormat(ABC):
     """A way to store a weight. `suffixes` are the checkpoint's own names of the stored tensors."""
 
     name: str
+    row_multiple: int = 1
+
+    @property
+    def kept_as(self) -> QuantFormat:
+        """What a folder stores a weight as that is to stay as it is: this format, if a folder can hold it."""
+        return self
+
+    def part_rows(self, suffix: str, start: int, stop: int) -> tuple[int, int]:  # noqa: ARG002
+        """The rows of the stored tensor `suffix` that belong to rows [start, stop) of the weight, which are multiples
+        of `row_multiple` or the weight's end."""
+        return start, stop
+
+    def recode(self, tensor: QuantTensor, target: QuantFormat) -> dict[str, torch.Tensor] | None:  # noqa: ARG002
+        """Stored tensors in `target` whose codes are this tensor's own; None where `target` can't take them over."""
+        return None
 
     @abstractmethod
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:

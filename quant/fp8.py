@@ -28,6 +28,10 @@ class Fp8Block(QuantFormat):
 
     name: str = field(default=FP8_NAME, init=False)
     scale_suffix: str = SCALE
+    row_multiple: int = field(default=BLOCK, init=False)
+
+    def part_rows(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
+        return (start // BLOCK, -(-stop // BLOCK)) if suffix == self.scale_suffix else (start, stop)
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
         blocks = tuple(-(-size // BLOCK) for size in self._rows_columns(shape))

@@ -220,7 +220,7 @@ def _choice(
     stored = checkpoint.schema.prefix + name.removesuffix(".weight")
     if module.format is None:
         raise CheckpointError(f"{checkpoint.folder}: {stored} is not whole; k2lite info lists what is wrong")
-    return stored, recipe.target(stored, kind, module.format)
+    return stored, recipe.target(stored, kind, module.format.kept_as)
 
 
 def plan_trunk(checkpoint: Checkpoint, target: str) -> dict[str, Matrix]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .conversion import convert_block, read_first_rows
-from .method import Method
 from .direct_reading import page_aligned, read_direct
 from .direct_writing import BUFFER_BYTES, DirectWriter
 from .errors import CheckpointError
+from .method import Method
 from .quantization_plan import Matrix, QuantizationPlan
 from .quantizer import THREADS
 

@@ -37,7 +37,7 @@ class ChatTemplate:
     """`path` is named in errors; `variables` are what else the template may use (bos_token and the like)."""
 
     def __init__(self, source: str, path: Path, variables: Mapping[str, str]) -> None:
-        self._source = source
+        self.source = source
         self._path = path
         self._variables = dict(variables)
         try:
@@ -58,11 +58,11 @@ class ChatTemplate:
         """Render `messages` (role, content, ...) and `tools` (OpenAI's form). Raises TokenizerError, which names the
         template and the line, for a template that fails or a message that is not one."""
         # a template that asks for the TypeScript form has tools with sorted keys, in JSON too if there is no such form
-        takes_typescript = "tools_ts_str" in self._source
+        takes_typescript = "tools_ts_str" in self.source
         declared = (_sorted_keys(tools) if takes_typescript else list(tools)) if tools else None
         typescript = tools_as_typescript(declared) if declared and takes_typescript else None
         cleaned = [_without_nulls(message, place) for place, message in enumerate(messages)]
-        mask = _Mask(control_tokens, [self._source, cleaned, declared, typescript])
+        mask = _Mask(control_tokens, [self.source, cleaned, declared, typescript])
         context = {
             "messages": mask.hide(cleaned),
             "tools": mask.hide(declared),

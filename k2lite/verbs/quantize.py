@@ -28,7 +28,7 @@ FORMATS = "int4_g32, int4_g64, int4_g128, int8_g128, int8_channel, fp8_e4m3_b128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", type=Path, help="a model folder, as downloaded")
+    parser.add_argument("source", metavar="SRC", type=Path, help="a model folder, as downloaded, or a .gguf file")
     parser.add_argument("destination", metavar="DST", type=Path, nargs="?", help="the folder to write")
     parser.add_argument("--experts", metavar="FORMAT", help=f"of the routed experts: {FORMATS}")
     parser.add_argument("--trunk", metavar="FORMAT", help="of attention, shared experts and dense layers")
@@ -56,10 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    if args.source.suffix == ".gguf":
+        from k2lite.gguf_model import as_folder, open_gguf
+
+        model = open_gguf(args.source)
+        for note in model.notes:
+            print(f"k2lite quantize: {note}", file=sys.stderr)
+        with as_folder(model) as folder:
+            return _execute(args, folder, model.config, model.checkpoint)
     from k2lite.loading import open_model
+
+    return _execute(args, args.source, *open_model(args.source))
+
+
+def _execute(args: argparse.Namespace, folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> int:
+    """`folder` holds config.json, the tokenizer and what else is carried along."""
     from k2lite.quant.quantization_plan import plan_quantization
 
-    config, checkpoint = open_model(args.source)
     checkpoint.raise_for_problems()
     check_calibration_arguments(args)
     native = _is_int4_native(checkpoint)
@@ -73,7 +86,7 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     if args.destination is None:
         raise RequestError("name a folder to write to: k2lite quantize SRC DST")
-    job = _with_statistics(args, _job(args, config.source, checkpoint, plan), config, checkpoint)
+    job = _with_statistics(args, _job(args, folder, checkpoint, plan), config, checkpoint)
     progress, seconds = _run(job, args)
     facts = {**plan_facts(plan), "seconds": seconds, "read_bytes": progress.read_bytes,
              "written_bytes": progress.written_bytes, "folder": str(args.destination)}  # fmt: skip
@@ -113,16 +126,19 @@ def _is_int4_native(checkpoint: Checkpoint) -> bool:
     return bool(formats) and all(name.startswith("int4") for name in formats)
 
 
-def _job(args: argparse.Namespace, config: Path, checkpoint: Checkpoint, plan: QuantizationPlan) -> Job:
+def _job(args: argparse.Namespace, folder: Path, checkpoint: Checkpoint, plan: QuantizationPlan) -> Job:
     from k2lite.quant.file_reading import read_json_object
     from k2lite.quant.quantized_config import quantized_config
     from k2lite.quant.quantizer import Job, source_identity
 
     if args.destination.resolve() == args.source.resolve():
         raise RequestError(f"{args.destination}: is the source; name another folder")
-    files = {config.name: config, **{shard.path.name: shard.path for shard in checkpoint.shards}}
-    config_json = quantized_config(read_json_object(config), plan)
-    return Job(plan, args.source, source_identity(files), config_json, args.destination)
+    config_file = folder / "config.json"
+    files = {shard.path.name: shard.path for shard in checkpoint.shards}
+    if folder == args.source:
+        files = {config_file.name: config_file, **files}
+    config_json = quantized_config(read_json_object(config_file), plan)
+    return Job(plan, folder, source_identity(files), config_json, args.destination)
 
 
 def _with_statistics(args: argparse.Namespace, job: Job, config: ModelConfig, checkpoint: Checkpoint) -> Job:

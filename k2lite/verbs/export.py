@@ -1,0 +1,103 @@
+"""Write a model as one GGUF file, for llama.cpp.
+
+INT4 and INT8 codes are copied, all else is rounded to the type. With q4_0 the routed experts are Q4_0 and all other
+matrices Q8_0. The file is under its own name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k2lite.quant.errors import RequestError
+
+if TYPE_CHECKING:
+    from k2lite.quant.gguf_export import ExportPlan, ExportProgress
+
+TYPES = "q4_0 (routed experts; the rest is q8_0), q8_0, bf16, f16, f32"
+SHOWN_NOTES = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="a model folder, as downloaded")
+    parser.add_argument("destination", metavar="OUT.gguf", type=Path, help="the file to write")
+    parser.add_argument("--type", required=True, metavar="TYPE", help=f"of the weights: {TYPES}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from k2lite.gguf_metadata import kv_b_heads
+    from k2lite.gguf_model import export_metadata
+    from k2lite.loading import open_model
+    from k2lite.progress import ProgressLine
+    from k2lite.quant.gguf_export import export, plan_export
+
+    if args.destination.suffix != ".gguf":
+        raise RequestError(f"{args.destination}: name a file that ends in .gguf")
+    config, checkpoint = open_model(args.source)
+    checkpoint.raise_for_problems()
+    plan = plan_export(checkpoint, args.type, kv_b_heads(config))
+    metadata, notes = export_metadata(args.source, config, args.type)
+    left_out = [f"left out: {len(names)} x {reason}" for reason, names in checkpoint.ignored.items()]
+    print(as_text(args.source, plan, plan.file_bytes(metadata), [*notes, *left_out]), file=sys.stderr)
+    line = ProgressLine(sum(stack.source_nbytes for stack in plan.stacks))
+    try:
+        report = lambda progress: line.update(progress.read_bytes, progress.tensor)  # noqa: E731
+        progress = export(plan, metadata, args.destination, report)
+    finally:
+        line.close()
+    facts = export_facts(args.destination, progress, line.elapsed_s)
+    if args.json:
+        print(json.dumps(facts))
+    print(summary(facts), file=sys.stderr)
+    return 0
+
+
+def export_facts(path: Path, progress: ExportProgress, seconds: float) -> dict[str, Any]:
+    """What --json prints."""
+    scales = progress.scales
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "read_bytes": progress.read_bytes,
+        "seconds": seconds,
+        "scales_copied": scales.scales,
+        "scales_changed": scales.changed,
+        "scales_zeroed": scales.zeroed,
+        "tensors_with_zeroed_scales": progress.zeroed,
+    }
+
+
+def as_text(source: Path, plan: ExportPlan, nbytes: int, notes: list[str]) -> str:
+    """The plan as a person reads it."""
+    from k2lite.placement import gib
+
+    table: dict[tuple[str, str], list[int]] = {}
+    for stack in plan.stacks:
+        row = table.setdefault((stack.kind, stack.spec.type.name), [0, 0])
+        row[0] += 1
+        row[1] += stack.spec.nbytes
+    lines = [f"{source}: {len(plan.stacks)} tensors, {gib(nbytes)} to write"]
+    lines += [f"  {kind:<8} {count:>6} x  {name:<5} {gib(size)}" for (kind, name), (count, size) in table.items()]
+    return "\n".join([*lines, *map("  {}".format, [*notes, *_shortened(plan.notes)])])
+
+
+def _shortened(notes: tuple[str, ...]) -> list[str]:
+    more = len(notes) - SHOWN_NOTES
+    return [*notes[:SHOWN_NOTES], *([f"... and {more} more like it"] if more > 0 else [])]
+
+
+def summary(facts: dict[str, Any]) -> str:
+    from k2lite.progress import duration
+
+    text = f"k2lite export: wrote {facts['file']}, {facts['bytes'] / 1e9:.3f} GB, in {duration(facts['seconds'])}"
+    if facts["scales_copied"]:
+        changed, zeroed = facts["scales_changed"], facts["scales_zeroed"]
+        text += f"; the cast to F16 changed {changed} of {facts['scales_copied']} scales"
+        if zeroed:
+            named = ", ".join(facts["tensors_with_zeroed_scales"][:SHOWN_NOTES])
+            text += f", {zeroed} of them to zero, in {named}"
+    return text

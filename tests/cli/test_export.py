@@ -1,0 +1,46 @@
+"""`k2lite export` and `k2lite quantize FILE.gguf` as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from k2lite.loading import open_model
+from k2lite.quant.gguf_export import EXPORT_TYPES
+from k2lite.verbs import export
+from tests.checkpoints import random_weights, tiny_config, write_checkpoint
+
+from .conftest import Run
+
+
+def test_there_and_back(k2: Run, tmp_path: Path) -> None:
+    config = tiny_config(hidden_size=128)
+    write_checkpoint(tmp_path / "int4", config, random_weights(config, seed=1), format="int4")
+    made = k2("export", tmp_path / "int4", tmp_path / "m.gguf", "--type", "q4_0", "--json")
+    assert made.returncode == 0, made.stderr
+    facts = json.loads(made.stdout)
+    assert facts["bytes"] == (tmp_path / "m.gguf").stat().st_size
+    assert "the cast to F16 changed 0 of 6144 scales" in made.stderr
+    assert "the file will hold no tokenizer" in made.stderr
+    back = k2("quantize", tmp_path / "m.gguf", tmp_path / "back", "--experts", "keep", "--trunk", "keep")
+    assert back.returncode == 0, back.stderr
+    assert "q4_0 -> int4_g32" in back.stderr
+    assert open_model(tmp_path / "back")[1].problems == ()
+
+
+def test_mistakes_are_one_line(k2: Run, demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    for arguments, message in (
+        (("export", demo, tmp_path / "out", "--type", "q8_0"), "name a file that ends in .gguf"),
+        (("export", demo, tmp_path / "out.gguf", "--type", "q5_k"), "--type: 'q5_k' is unknown"),
+        (("export", tmp_path / "bad.gguf", tmp_path / "out.gguf", "--type", "f32"), "makes a folder of it that runs"),
+        (("quantize", tmp_path / "bad.gguf", tmp_path / "out"), "bad.gguf: found the file's end"),
+    ):
+        result = k2(*arguments)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+def test_the_help_names_every_type() -> None:
+    assert all(name in export.TYPES for name in EXPORT_TYPES)
