@@ -30,6 +30,7 @@ BLOCK_WEIGHTS = 2 << 20
 # Weights that stay in a processor's cache, as float32, from one loop over them to the next.
 SPAN_WEIGHTS = 1 << 18
 
+Sums = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Quantize = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -41,7 +42,7 @@ class Damage:
     after: float = 0.0
     product: float = 0.0
 
-    def add(self, sums: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+    def add(self, sums: Sums) -> None:
         """Sums [3] of weight**2, made**2 and weight * made."""
         self.before += float(sums[0])
         self.after += float(sums[1])
@@ -75,7 +76,7 @@ class ConvertedBlock:
 
     rows: int
     parts: dict[str, list[torch.Tensor]]
-    sums: np.ndarray[tuple[int], np.dtype[np.float64]]
+    sums: Sums
 
 
 def read_blocks(matrix: Matrix, scale_search: ScaleSearch) -> Iterator[Block]:
@@ -142,13 +143,14 @@ def _quantizer(matrix: Matrix, scale_search: ScaleSearch) -> Quantize:
     return lambda weights: matrix.target.quantize(weights, scale_search=search)
 
 
-def _sums(weights: torch.Tensor, made: QuantTensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _sums(weights: torch.Tensor, made: QuantTensor) -> Sums:
     from .quantize_kernels import measure
 
     sums = np.empty((len(weights), 3))
     shape = len(weights), -1
     measure(weights.view(shape).numpy(), decoded(made).view(shape).numpy(), sums)
-    return sums.sum(0)
+    total: Sums = sums.sum(0)
+    return total
 
 
 def _read_rows(matrix: Matrix, start: int, stop: int) -> QuantTensor:
