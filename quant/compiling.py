@@ -29,17 +29,15 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
         with _SlowCompilation():
             return compiled(*arguments)
 
-    call.compiled = compiled
     return call
 
 
 def inner(function: Callable[..., Any]) -> Any:
     """A compiled function that kernels may call."""
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # no folder for the cache can be written
-        return numba.njit(**options)(function)
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 class _SlowCompilation:

@@ -32,7 +32,7 @@ BLOCK_WEIGHTS = 2 << 20
 # Weights that stay in a processor's cache, as float32, from one loop over them to the next.
 SPAN_WEIGHTS = 1 << 18
 
-Sums = np.ndarray[tuple[int], np.dtype[np.float64]]
+Sums = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 @dataclass

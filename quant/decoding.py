@@ -18,7 +18,8 @@ def decoded_spans(tensor: QuantTensor, step: int) -> Iterator[torch.Tensor]:
     is used again for the next."""
     rows = tensor.shape[0]
     if tensor.format.name not in (FP8_NAME, "bf16", *PACKED_INT):
-        yield from tensor.dequantize().split(step)
+        values = tensor.dequantize()
+        yield from (values[start : start + step] for start in range(0, rows, step))
         return
     memory = torch.empty(min(step, rows), *tensor.shape[1:])
     for start in range(0, rows, step):

@@ -39,6 +39,8 @@ class DirectWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._buffer, self._spare = page_aligned(BUFFER_BYTES), page_aligned(BUFFER_BYTES)
         self._writing: Future[None] | None = None
+        # where the buffer begins in the file, its bytes, and how many of them the file has already
+        self._begin = self._filled = self._clean = 0
         self.move(offset)
 
     def append(self, data: torch.Tensor) -> None:
@@ -69,7 +71,6 @@ class DirectWriter:
     def move(self, offset: int) -> None:
         """Go on at `offset`, where the file ends now. Everything must be flushed."""
         self._begin, self._filled = offset // PAGE * PAGE, offset % PAGE
-        # bytes of the buffer that the file has already
         self._clean = self._filled
         if self._filled:
             os.preadv(self._fd, [_bytes(self._buffer[: self._filled])], self._begin)

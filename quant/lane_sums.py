@@ -57,7 +57,7 @@ class _Builder:
         low = builder.fsub(ir.Constant(ir.FloatType(), ROUNDER - 1), max_code)
         self.high, self.low = _splat(builder, high), _splat(builder, low)
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-        self._fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{WIDTH}f32")
+        self._fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{WIDTH}f32")  # type: ignore[no-untyped-call]
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         return self.builder.call(self._fma, [a, b, c])
@@ -104,7 +104,7 @@ def _code_generator(body: Callable[..., list[Any]], count: int) -> Callable[...,
         factors = [load(inverse, ir.Constant(integer, part)) for part in range(parts)]
         slots = []
         for index in range(count * parts):
-            slot = cgutils.alloca_once(builder, _VECTOR)
+            slot = cgutils.alloca_once(builder, _VECTOR)  # type: ignore[no-untyped-call]
             builder.store(load(sums, ir.Constant(integer, index)), slot)
             slots.append(slot)
         with cgutils.for_range(builder, places, intp=integer) as loop:

@@ -10,6 +10,8 @@ processor's vectors. Knows nothing of packing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy import float32
 
@@ -26,6 +28,9 @@ FACTORS = {
 REFINEMENTS = 2
 # A gain smaller than this may be float32's rounding: it is no reason to leave a scale.
 LEAST_GAIN = float32(1e-4)
+# an intrinsic is called without its first parameter, which type checkers don't know
+sum_errors: Any = add_errors
+sum_products: Any = add_products
 SPAN = 128  # weights of a group that are in the turned tile at once
 
 
@@ -78,10 +83,10 @@ def _search(values, scales, groups_a_row, max_code, factors, importance, tile, w
                 elif finding_errors:
                     for trial in range(count_trials):
                         _invert(trials[trial], inverse)
-                        add_errors(tile, places, inverse, max_code, weights, errors[trial : trial + 1])
+                        sum_errors(tile, places, inverse, max_code, weights, errors[trial : trial + 1])
                 else:
                     _invert(best, inverse)
-                    add_products(tile, places, inverse, max_code, weights, sums)
+                    sum_products(tile, places, inverse, max_code, weights, sums)
             if step == 0:
                 _signed_trials(best, sums, factors, trials)
             elif finding_errors:
