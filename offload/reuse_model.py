@@ -36,8 +36,9 @@ class ReuseModel:
         self._counts = np.zeros((n_layers, len(HALF_LIVES), n_experts))
         # what counts of a half-life sum to if an expert is used by every token; the finite start is corrected by it
         self._seen = np.zeros((n_layers, len(HALF_LIVES), 1))
-        self._inputs = np.zeros((n_layers, len(PRIOR), n_experts))
-        self._inputs[:, -1] = 1.0
+        # float64 [L, R + 1, E], the last of them 1: what the present probabilities were made from
+        self.inputs = np.zeros((n_layers, len(PRIOR), n_experts))
+        self.inputs[:, -1] = 1.0
         self._probability = np.zeros((n_layers, n_experts))
         self._ready = np.zeros(n_layers, dtype=np.bool_)
         self.weights: Array = PRIOR.copy()
@@ -68,7 +69,7 @@ class ReuseModel:
         self._information[:] = 0
 
     def _learn(self, layer_index: int, chosen: npt.NDArray[np.int64]) -> None:
-        inputs, p = self._inputs[layer_index], self._probability[layer_index]
+        inputs, p = self.inputs[layer_index], self._probability[layer_index]
         error = -p
         error[chosen] += 1
         self._gradient += inputs @ error
@@ -78,7 +79,7 @@ class ReuseModel:
         n_experts = self._counts.shape[2]
         # a model that always uses all its experts has nothing to predict
         mean = min(active, n_experts - 0.5) / n_experts
-        seen, inputs = self._seen[layer_index], self._inputs[layer_index]
+        seen, inputs = self._seen[layer_index], self.inputs[layer_index]
         # what is missing of a full memory counts as the mean; the slowest one counts PSEUDO_TOKENS of it
         full = 1 / (1 - self._decay)
         missing = full - seen

@@ -1,8 +1,8 @@
 """Show how a model routes: popularity, entropy, reuse, and how far a layer foretells the next.
 
-MODEL is a folder, whose model first reads a text, or a trace (from k2lite trace, or JSON lines of expert ids). Reuse and
-recall are shares of a token's experts; tables that foretell come from the first half of the tokens and are judged on the
-second.
+MODEL is a folder, whose model first reads a text, or a trace (from k2lite trace, or JSON lines of expert ids). Reuse
+and recall are shares of a token's experts; tables that foretell come from the first half of the tokens and are judged
+on the second.
 """
 
 from __future__ import annotations
