@@ -10,6 +10,7 @@ Shapes: L MoE layers, E experts, K active experts, R rates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ PRIOR = np.array([0.928, -0.089, 0.373, 0.420, 0.804, -2.902])
 PRIOR_PRECISION = 100.0
 OFFSET = 2.0  # in units of K / E: below it rates hardly differ
 FORGET = 0.998  # of what earlier tokens taught the weights, per token
-SMALLEST = 1e-6
+LARGEST_LOGIT = 14.0  # probabilities stay between 8e-7 and 1 - 8e-7
 
 
 class ReuseModel:
@@ -87,7 +88,8 @@ class ReuseModel:
         rates = (self._counts[layer_index] + missing * mean) / (seen + missing)
         np.log(rates / mean + OFFSET, out=inputs[:-1])
         p: Array = self._probability[layer_index]
-        np.clip(1 / (1 + np.exp(-(self.weights @ inputs)) * (1 - mean) / mean), SMALLEST, 1 - SMALLEST, out=p)
+        logits = self.weights @ inputs + math.log(mean / (1 - mean))
+        np.divide(1, 1 + np.exp(-logits.clip(-LARGEST_LOGIT, LARGEST_LOGIT)), out=p)
         return p
 
     def long_run_rates(self) -> Array:
@@ -97,7 +99,7 @@ class ReuseModel:
         total = counts.sum(axis=1, keepdims=True)
         mean = np.divide(total, seen * n_experts, out=np.full_like(seen, 1 / n_experts), where=seen > 0)
         rates: Array = (counts + PSEUDO_TOKENS * mean) / (seen + PSEUDO_TOKENS)
-        return rates.clip(SMALLEST, 1 - SMALLEST)
+        return rates.clip(1e-6, 1 - 1e-6)
 
     def state(self) -> State:
         return {

@@ -24,6 +24,7 @@ from tools.synthetic_routing import synthetic_routing  # noqa: E402
 Floats = npt.NDArray[np.float64]
 Source = tuple[npt.NDArray[np.uint16], int]  # ids, experts
 RIDGE = 1.0
+MAX_ITERATIONS, TOLERANCE = 30, 1e-4
 SHARES = ("5%", "10%", "20%", "30%")
 SKIP_TOKENS = 8  # of each source, where hardly anything is known yet
 SYNTHETIC = {  # tokens, layers, experts, active: Kimi-Linear's shape, and two of other families
@@ -76,17 +77,31 @@ def examples(ids: npt.NDArray[np.uint16], n_experts: int) -> tuple[Floats, Float
 
 
 def fit(data: list[tuple[Floats, Floats, float]]) -> Floats:
-    """Logistic regression by Newton's method; each source weighs the same."""
+    """Logistic regression by Newton's method with halved steps; each source weighs as a million examples."""
     weights = np.zeros(len(reuse_model.PRIOR))
-    for _ in range(20):
+    best = loss(weights, data)
+    for _ in range(MAX_ITERATIONS):
         gradient, information = -RIDGE * weights, RIDGE * np.eye(len(weights))
         for inputs, used, logit in data:
             p = 1 / (1 + np.exp(-(inputs @ weights + logit)))
             share = 1e6 / len(used)
             gradient += share * (inputs.T @ (used - p))
             information += share * ((inputs * (p * (1 - p))[:, None]).T @ inputs)
-        weights = weights + np.linalg.solve(information, gradient)
+        step = np.linalg.solve(information, gradient)
+        while (found := loss(weights + step, data)) > best and np.abs(step).max() > TOLERANCE:
+            step = step / 2
+        if np.abs(step).max() <= TOLERANCE:
+            break
+        weights, best = weights + step, found
     return weights
+
+
+def loss(weights: Floats, data: list[tuple[Floats, Floats, float]]) -> float:
+    total = RIDGE * float(weights @ weights) / 2
+    for inputs, used, logit in data:
+        scores = inputs @ weights + logit
+        total += 1e6 / len(used) * float((np.logaddexp(0, scores) - used * scores).sum())
+    return total
 
 
 if __name__ == "__main__":
