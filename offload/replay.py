@@ -119,20 +119,18 @@ def _belady_misses(ids: Ids, n_experts: int, slots: int) -> npt.NDArray[np.int64
             due |= {key: at for key, at in event.items() if key in due}
             for key in missed:
                 if len(due) >= slots:
-                    _evict_last_needed(due, heap, event)
+                    _evict_last_needed(due, heap)
                 due[key] = event[key]
             for key, at in event.items():
                 heapq.heappush(heap, (-at, key))
     return misses
 
 
-def _evict_last_needed(
-    due: dict[tuple[int, int], int], heap: list[tuple[int, tuple[int, int]]], event: dict[tuple[int, int], int]
-) -> None:
-    """The event's own entries are pushed after it, so what is found of them here is out of date."""
+def _evict_last_needed(due: dict[tuple[int, int], int], heap: list[tuple[int, tuple[int, int]]]) -> None:
+    """The running event's experts are pushed after it, so what is found of them here is out of date and they stay."""
     while True:
         negative, key = heapq.heappop(heap)
-        if key not in event and due.get(key) == -negative:
+        if due.get(key) == -negative:
             del due[key]
             return
 

@@ -231,6 +231,18 @@ def test_what_was_learned_serves_a_new_run(name: str) -> None:
         new.restore({key: np.full_like(array, np.nan, dtype=np.float64) for key, array in state.items()})
 
 
+def test_a_restored_model_keeps_rates_and_gives_them_less_weight() -> None:
+    old, new = ReuseModel(1, 4), ReuseModel(1, 4)
+    for _ in range(30):
+        old.observe(0, [1, 2])
+        old.step()
+    new.restore(old.state())
+    for name in ("counts", "seen"):
+        np.testing.assert_allclose(new.state()[name], old.state()[name] / 4)
+    np.testing.assert_array_equal(new.weights, old.weights)
+    assert old.long_run_rates()[0, 1] > new.long_run_rates()[0, 1] > 0.5 > new.long_run_rates()[0, 0]
+
+
 def test_an_old_conversation_weighs_less_than_the_new_one() -> None:
     """Experts 0 and 1 were used 40 times before; 2 and 3 are used now, five times."""
     for name in ("cyclic", "hazard", "lfu"):
