@@ -22,7 +22,7 @@ HALF_LIVES = (1.0, 3.0, 10.0, 32.0, 256.0)  # tokens
 # The slowest rate starts from the mean K / E, held to by as many tokens as this: an expert not seen yet is not dead.
 PSEUDO_TOKENS = 8.0
 # Weights of the rates, then the constant: tools/fit_reuse_prior.py prints them.
-PRIOR = np.array([0.928, -0.089, 0.373, 0.420, 0.804, -2.902])
+PRIOR = np.array([1.275, -0.885, 1.051, 0.804, 0.324, -3.001])
 PRIOR_PRECISION = 100.0
 OFFSET = 2.0  # in units of K / E: below it rates hardly differ
 FORGET = 0.998  # of what earlier tokens taught the weights, per token
