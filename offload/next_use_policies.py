@@ -83,18 +83,20 @@ class LearnedCyclic(NextUsePolicy):
         super().__init__(layers, n_experts, slots)
         self._model = ReuseModel(*self.shape)
         self._keys[:] = 1 / n_experts  # before the first token: all alike
-        self._last = -1
+        self._events = 0
 
     def _update(self, layer_index: int, ids: Sequence[int]) -> None:
-        if layer_index <= self._last:
-            self._model.step()
-        self._last = layer_index
         self._keys[layer_index] = self._model.observe(layer_index, ids)
+        # once a token, in whatever order a batch's tokens come
+        self._events += 1
+        if self._events == self.shape[0]:
+            self._events = 0
+            self._model.step()
 
     def state(self) -> State:
         return self._model.state()
 
     def restore(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self._model.restore(state)
-        self._last = -1
+        self._events = 0
         self._keys[:] = self._model.long_run_rates()

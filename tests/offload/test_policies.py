@@ -231,6 +231,15 @@ def test_what_was_learned_serves_a_new_run(name: str) -> None:
         new.restore({key: np.full_like(array, np.nan, dtype=np.float64) for key, array in state.items()})
 
 
+def test_the_default_learns_once_a_token_in_whatever_order_a_batch_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(ReuseModel, "step", lambda _: taken.append(1))
+    policy = make_policy(DEFAULT_POLICY, range(N_LAYERS), N_EXPERTS, 5)
+    for layer in (0, 1, 2, 0, 0, 1, 1, 2, 2):
+        policy.observe(layer, [1, 2])
+    assert len(taken) == 3
+
+
 def test_a_restored_model_keeps_rates_and_gives_them_less_weight() -> None:
     old, new = ReuseModel(1, 4), ReuseModel(1, 4)
     for _ in range(30):

@@ -94,11 +94,13 @@ def test_the_figures_on_file_come_out(shared: Path, policy: str, shares: tuple[s
     np.testing.assert_allclose(hit_rates(shared / KIMI, policy, shares), on_file, atol=0.003)
 
 
-def test_the_default_reaches_its_marks_and_beats_two_rates_on_both_traces(shared: Path) -> None:
-    ours = hit_rates(shared / KIMI, DEFAULT_POLICY, SHARES)
-    assert all(rate >= mark for rate, mark in zip(ours, (0.44, 0.57, 0.705, 0.795), strict=True)), ours
-    ours, two_rates = (hit_rates(shared / OLMOE, policy, ("10%",)) for policy in (DEFAULT_POLICY, "cyclic"))
-    assert all(a > b + 0.01 for a, b in zip(ours, two_rates, strict=True)), (ours, two_rates)
+def test_the_default_reaches_its_marks_and_beats_two_rates_on_both_traces(shared: Path, soak: bool) -> None:
+    marks = {"5%": 0.44, "10%": 0.57, "20%": 0.705, "30%": 0.795}
+    for share in SHARES if soak else ("5%", "20%"):
+        (ours,) = hit_rates(shared / KIMI, DEFAULT_POLICY, (share,))
+        assert ours >= marks[share]
+    (ours,), (two_rates,) = (hit_rates(shared / OLMOE, policy, ("10%",)) for policy in (DEFAULT_POLICY, "cyclic"))
+    assert ours > two_rates + 0.01
 
 
 def test_what_can_t_be_replayed_is_refused() -> None:
