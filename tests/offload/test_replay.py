@@ -123,3 +123,14 @@ def test_shares_and_counts(text: str, count: int) -> None:
 def test_what_is_no_count_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="--slots"):
         count_of(text, 200, "--slots")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_routing_at_the_edges(name: str) -> None:
+    """All experts used by every token, one expert only, and a choice that never changes: no warning, known reads."""
+    everything = np.tile(np.arange(4, dtype=np.uint16), (50, 3, 1))
+    assert replay(everything, 4, name, 12).reads == 12
+    assert replay(everything, 4, name, 5).reads > 12
+    assert replay(np.zeros((20, 2, 1), dtype=np.uint16), 1, name, 2).reads == 2
+    constant = np.tile(np.arange(2, dtype=np.uint16), (600, 2, 1))
+    assert replay(constant, 8, name, 4).reads == 4
