@@ -17,9 +17,9 @@ from k2lite import __version__
 
 from .errors import one_line
 from .quant.errors import K2LiteError
-from .verbs import chat, demo, eval, export, info, quantize, run, trace
+from .verbs import chat, demo, eval, export, info, quantize, replay, run, stats, trace
 
-VERBS = (info, run, chat, quantize, export, eval, trace, demo)
+VERBS = (info, run, chat, quantize, export, eval, trace, replay, stats, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 

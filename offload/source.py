@@ -13,7 +13,7 @@ Knows which expert is where; not what an expert computes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -22,6 +22,9 @@ import torch
 from k2lite.quant.types import ExpertWeights
 
 from .statistics import RouterStats
+
+# Hears (layer, ids int64 [T, K] ascending, weights float32 [T, K]) of every choice.
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
@@ -59,11 +62,15 @@ class ExpertSource(ABC):
 
     counters: SourceCounters
     stats: RouterStats
+    observers: tuple[Observer, ...] = ()  # who else wants to hear: a recording, for one
 
     @abstractmethod
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
         """Lease distinct `experts` of `layer`."""
 
     def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """A router's choice for a batch: ids int64 [T, K] ascending, weights float32 [T, K]."""
+        """A router's choice for a batch: ids int64 [T, K] ascending, weights float32 [T, K]. In prefill a chunk is one
+        batch: T is its tokens, each layer is observed once a chunk, in the order of layers."""
         self.stats.observe(layer, ids, weights)
+        for observer in self.observers:
+            observer(layer, ids, weights)

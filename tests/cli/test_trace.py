@@ -67,8 +67,8 @@ def test_mistakes_are_one_line(demo: Path, text: Path, tmp_path: Path, capsys: p
     write_checkpoint(tmp_path / "tiny", config, random_weights(config, seed=1))
     out = str(tmp_path / "out")
     for arguments, message in (
-        (["trace", str(demo), "--text", str(text)], "nothing to record; name a file with --moments"),
-        (["trace", str(demo), "--text", str(text), "--moments", f"{out}/a/b"], "there is no such folder"),
+        (["trace", str(demo), "--text", str(text)], "nothing to record; name a file with --out, --moments or both"),
+        (["trace", str(demo), "--text", str(text), "--moments", f"{out}/a/b"], "its folder does not exist"),
         (["trace", str(demo), "--text", "none", "--moments", out], "none: can't be read"),
         (["quantize", str(demo), out, "--rounding", "gptq"], "--rounding gptq needs a text: add --calibration FILE"),
         (["quantize", str(demo), out, "--calibration", str(text)], "--calibration has no effect without --rounding"),

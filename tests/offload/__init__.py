@@ -1,0 +1,1 @@
+"""Where the experts are and who leaves: policies, traces, replay, statistics."""
