@@ -1,51 +1,58 @@
 """One matrix from one format to another, a block of rows at a time, with the error that it costs.
 
-The blocks of many matrices come from one iterator, so that the next are read while this one is worked on. Rows don't
-depend on one another in any format (FP8: blocks of 128 rows), so the block size changes no bit.
+The blocks of many matrices come from one iterator, so that the next are read and worked on, each by a thread, while
+this one is written. Rows don't depend on one another in any format (FP8: blocks of 128 rows) and the sums over them are
+added in their order, so neither the block size nor the number of threads changes a bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from .decoding import decoded, decoded_spans
+from .direct_reading import read_direct
 from .errors import CheckpointError
-from .file_reading import read_exactly
-from .formats import PACKED_INT, ScaleSearch
+from .formats import FP8_NAME, PACKED_INT, ScaleSearch
 from .fp8 import BLOCK, Fp8Block
 from .quantization_plan import WEIGHT_SHAPE, Matrix
 from .safetensors_file import TensorRecord
 from .types import QuantTensor
 
-# Weights in one block: 32 MiB in float32, and a few such temporaries.
-BLOCK_WEIGHTS = 8 << 20
+# What is read at once. A block, what a thread works on at once, is a part of it.
+READ_BYTES = 16 << 20
+BLOCK_WEIGHTS = 2 << 20
+# Weights that stay in a processor's cache, as float32, from one loop over them to the next.
+SPAN_WEIGHTS = 1 << 18
+
+Sums = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Quantize = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 @dataclass
 class Damage:
     """What a conversion costs, over all weights of a matrix: sums of squares and products in float64."""
 
-    error: float = 0.0
     before: float = 0.0
     after: float = 0.0
     product: float = 0.0
 
-    def add(self, weights: torch.Tensor, made: torch.Tensor) -> None:
-        a, b = weights.flatten().double(), made.flatten().double()
-        difference = a - b
-        self.error += float(difference.dot(difference))
-        self.before += float(a.dot(a))
-        self.after += float(b.dot(b))
-        self.product += float(a.dot(b))
+    def add(self, sums: Sums) -> None:
+        """Sums [3] of weight**2, made**2 and weight * made."""
+        self.before += float(sums[0])
+        self.after += float(sums[1])
+        self.product += float(sums[2])
 
     @property
     def relative_mse(self) -> float:
         """Sum of squared errors over sum of squared weights; 0 for zeros that stay zeros."""
-        return self.error / self.before if self.before else 0.0
+        error = self.before - 2 * self.product + self.after  # exact to 1e-14 of `before`; 0 where nothing changed
+        return max(0.0, error) / self.before if self.before else 0.0
 
     @property
     def cosine(self) -> float:
@@ -54,43 +61,96 @@ class Damage:
         return self.product / norm if norm else 1.0
 
 
-def row_blocks(matrix: Matrix) -> list[tuple[int, int]]:
-    """The spans of rows that are converted together."""
-    rows = matrix.source.shape[0]
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a matrix as stored, and how they are quantized."""
+
+    matrix: Matrix
+    rows: QuantTensor
+    quantize: Quantize
+
+
+@dataclass(frozen=True)
+class ConvertedBlock:
+    """Stored tensors in pieces by suffix, without weight_shape; `sums` is what Damage.add takes."""
+
+    rows: int
+    parts: dict[str, list[torch.Tensor]]
+    sums: Sums
+
+
+def read_blocks(matrix: Matrix, scale_search: ScaleSearch) -> Iterator[Block]:
+    """The source rows of a matrix, block after block."""
+    quantize = _quantizer(matrix, scale_search)
     columns = math.prod(matrix.source.shape[1:])
-    step = max(1, BLOCK_WEIGHTS // max(1, columns) // BLOCK) * BLOCK
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    for start, stop in row_spans(matrix.source.shape[0], READ_BYTES * matrix.source.shape[0] // matrix.source.nbytes):
+        read = _read_rows(matrix, start, stop)
+        for first, last in row_spans(stop - start, BLOCK_WEIGHTS // columns):
+            yield Block(matrix, _rows_of(read, first, last), quantize)
 
 
-def read_blocks(matrices: Iterable[Matrix]) -> Iterator[QuantTensor]:
-    """The source rows of each matrix, block after block."""
-    for matrix in matrices:
-        for start, stop in row_blocks(matrix):
-            yield _read_rows(matrix, start, stop)
+def read_first_rows(matrix: Matrix, scale_search: ScaleSearch) -> Block:
+    """The fewest rows that can be converted by themselves, as a block."""
+    rows = _read_rows(matrix, 0, min(BLOCK, matrix.source.shape[0]))
+    return Block(matrix, rows, _quantizer(matrix, scale_search))
 
 
-def convert(
-    matrix: Matrix, blocks: Iterator[QuantTensor], scale_search: ScaleSearch, damage: Damage
-) -> Iterator[torch.Tensor]:
+def convert_block(block: Block) -> ConvertedBlock:
+    """The work of one thread. Raises CheckpointError naming file and module."""
+    matrix = block.matrix
+    columns = math.prod(matrix.source.shape[1:])
+    step = BLOCK if matrix.target.name == FP8_NAME else max(1, SPAN_WEIGHTS // columns)
+    parts: dict[str, list[torch.Tensor]] = {}
+    sums = np.zeros(3)
+    try:
+        for weights in decoded_spans(block.rows, step):
+            made = block.quantize(weights)
+            sums += _sums(weights, QuantTensor(matrix.target, tuple(weights.shape), made))
+            for suffix, part in made.items():
+                if suffix != WEIGHT_SHAPE:
+                    parts.setdefault(suffix, []).append(part)
+    except CheckpointError as error:
+        file = next(iter(matrix.source.parts.values()))[0]
+        raise CheckpointError(f"{file}: {matrix.module}: {error}") from error
+    return ConvertedBlock(block.rows.shape[0], parts, sums)
+
+
+def converted(matrix: Matrix, blocks: Iterator[ConvertedBlock], damage: Damage) -> Iterator[torch.Tensor]:
     """The stored tensors of `matrix` but for weight_shape, in the order of their bytes and in pieces: the first one
     as it is made, the small ones behind it. Takes as many of `blocks` as the matrix has."""
     later: dict[str, list[torch.Tensor]] = {}
-    search: ScaleSearch = scale_search if matrix.target.name in PACKED_INT else "amax"
-    for _ in row_blocks(matrix):
+    rows = 0
+    while rows < matrix.source.shape[0]:
         block = next(blocks)
-        weights = block.dequantize()
-        try:
-            parts = matrix.target.quantize(weights, scale_search=search)
-        except CheckpointError as error:
-            file = next(iter(matrix.source.parts.values()))[0]
-            raise CheckpointError(f"{file}: {matrix.module}: {error}") from error
-        damage.add(weights, matrix.target.dequantize(parts, block.shape))
-        first, *others = (suffix for suffix in parts if suffix != WEIGHT_SHAPE)
-        yield parts[first]
+        rows += block.rows
+        damage.add(block.sums)
+        first, *others = block.parts
+        yield from block.parts[first]
         for suffix in others:
-            later.setdefault(suffix, []).append(parts[suffix])
+            later.setdefault(suffix, []).extend(block.parts[suffix])
     for pieces in later.values():
         yield from pieces
+
+
+def row_spans(rows: int, most: int) -> list[tuple[int, int]]:
+    """Spans of at most about `most` rows, that can be read and converted by themselves."""
+    step = max(1, most // BLOCK) * BLOCK
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _quantizer(matrix: Matrix, scale_search: ScaleSearch) -> Quantize:
+    search: ScaleSearch = scale_search if matrix.target.name in PACKED_INT else "amax"
+    return lambda weights: matrix.target.quantize(weights, scale_search=search)
+
+
+def _sums(weights: torch.Tensor, made: QuantTensor) -> Sums:
+    from .quantize_kernels import measure
+
+    sums = np.empty((len(weights), 3))
+    shape = len(weights), -1
+    measure(weights.view(shape).numpy(), decoded(made).view(shape).numpy(), sums)
+    total: Sums = sums.sum(0)
+    return total
 
 
 def _read_rows(matrix: Matrix, start: int, stop: int) -> QuantTensor:
@@ -98,16 +158,30 @@ def _read_rows(matrix: Matrix, start: int, stop: int) -> QuantTensor:
     parts = {}
     for suffix, (path, record) in matrix.source.parts.items():
         if suffix != WEIGHT_SHAPE:
-            per_block = isinstance(source, Fp8Block) and suffix == source.scale_suffix
-            step = BLOCK if per_block else 1
+            step = _rows_a_row(source, suffix)
             parts[suffix] = _read_range(path, record, start // step, -(-stop // step))
     return QuantTensor(source, (stop - start, *matrix.source.shape[1:]), parts)
+
+
+def _rows_of(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
+    """Rows of a tensor that was read, in the same memory."""
+    parts = {}
+    for suffix, part in tensor.parts.items():
+        step = _rows_a_row(tensor.format, suffix)
+        parts[suffix] = part[start // step : -(-stop // step)]
+    return QuantTensor(tensor.format, (stop - start, *tensor.shape[1:]), parts)
+
+
+def _rows_a_row(source: object, suffix: str) -> int:
+    """Rows of a weight that share a row of a stored tensor."""
+    return BLOCK if isinstance(source, Fp8Block) and suffix == source.scale_suffix else 1
 
 
 def _read_range(path: Path, record: TensorRecord, start: int, stop: int) -> torch.Tensor:
     """Entries [start, stop) of a tensor's first axis."""
     shape = (stop - start, *record.shape[1:])
     row_bytes = math.prod(record.shape[1:]) * record.dtype.itemsize
-    buffer = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
-    read_exactly(path, record.offset + start * row_bytes, buffer, f"tensor {record.name}")
+    buffer = read_direct(path, record.offset + start * row_bytes, shape[0] * row_bytes, f"tensor {record.name}")
+    if buffer.data_ptr() % record.dtype.itemsize:
+        buffer = buffer.clone()
     return buffer.view(record.dtype).view(shape)

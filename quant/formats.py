@@ -58,14 +58,8 @@ class QuantFormat(ABC):
     def nbytes(self, shape: Shape) -> int:
         return sum(dtype.itemsize * math.prod(part) for dtype, part in self.parts(shape).values())
 
-    def _finite(self, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.to(torch.float32)
-        self._demand_finite(weight)
-        return weight.contiguous()
-
-    def _demand_finite(self, values: torch.Tensor) -> None:
-        if not torch.isfinite(values).all():
-            raise CheckpointError(f"a weight holds NaN or infinity and can't be quantized to {self.name}")
+    def _not_finite(self) -> CheckpointError:
+        return CheckpointError(f"a weight holds NaN or infinity and can't be quantized to {self.name}")
 
     def _demand_no_search(self, scale_search: ScaleSearch, importance: torch.Tensor | None) -> None:
         if scale_search != "amax" or importance is not None:

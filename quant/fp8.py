@@ -41,15 +41,15 @@ class Fp8Block(QuantFormat):
     ) -> dict[str, torch.Tensor]:
         """scale = amax / 448 of each block; a block of zeros, or so small that this is zero, has scale 1."""
         self._demand_no_search(scale_search, importance)
-        rows, columns = self._rows_columns(weight.shape)
-        weight = self._finite(weight)
-        padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
-        blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
-        scale = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        # a quotient may round above 448, which the format can't hold
-        codes = (weight / _spread(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX)
-        return {"weight": codes.to(torch.float8_e4m3fn), self.scale_suffix: scale}
+        from .quantize_kernels import encode_fp8, fp8_scales
+
+        shape = self._rows_columns(weight.shape)
+        parts = {suffix: torch.empty(size, dtype=dtype) for suffix, (dtype, size) in self.parts(shape).items()}
+        values, scales = weight.to(torch.float32).contiguous().numpy(), parts[self.scale_suffix].numpy()
+        if not fp8_scales(values, scales):
+            raise self._not_finite()
+        encode_fp8(values, scales, parts["weight"].view(torch.uint8).numpy())
+        return parts
 
 
 def with_scale_named(tensor: QuantTensor, scale_suffix: str) -> QuantTensor:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .errors import CheckpointError, RequestError
 from .formats import PACKED_INT, SCALE_SEARCHES, Parts, QuantFormat, ScaleSearch, Shape
-from .scale_search import search_scales
 
-# Weights that are worked on at once: a few temporaries of 1 MiB stay in a processor's cache.
+Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+
+# Weights that are worked on at once: their 1 MiB in float32 stays in a processor's cache from one loop to the next.
 BLOCK_WEIGHTS = 1 << 18
 
 
@@ -68,32 +70,55 @@ class PackedInt(QuantFormat):
         shape = tuple(weight.shape)
         parts = {suffix: torch.empty(size, dtype=dtype) for suffix, (dtype, size) in self.parts(shape).items()}
         parts["weight_shape"].copy_(torch.tensor(shape))
-        by_group = self._importance(scale_search, importance, shape[1])
+        importance = self.demand_importance(scale_search, importance, shape[1])
+        packed = parts["weight_packed"].view(torch.uint8).numpy()
         step = max(1, BLOCK_WEIGHTS // shape[1])
         for first in range(0, shape[0], step):
             rows = slice(first, first + step)
-            packed, scale = self._quantize_rows(weight[rows], scale_search, by_group)
-            parts["weight_packed"][rows], parts["weight_scale"][rows] = packed, scale
+            groups = weight[rows].to(torch.float32).reshape(-1, *self._groups(shape[1]))
+            scale = self.scales(groups, scale_search, importance)
+            parts["weight_scale"][rows] = scale
+            self._encode(groups, scale, scale_search, packed[rows])
         return parts
 
-    def _quantize_rows(
-        self, rows: torch.Tensor, scale_search: ScaleSearch, importance: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The words and scales of some rows. importance: [groups, group size]."""
-        groups = rows.to(torch.float32).reshape(len(rows), -1, self.group_size or rows.shape[1])
-        amax = groups.abs().amax(dim=-1)
-        self._demand_finite(amax)
-        scale = (amax / self.max_code).to(torch.bfloat16)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        lowest = -self.max_code
-        if scale_search == "mse":
-            scale, lowest = search_scales(groups, scale, self.max_code, importance), lowest - 1
-        codes = (groups / scale.to(torch.float32)[:, :, None]).round_().clamp_(lowest, self.max_code)
-        return pack(codes.view(rows.shape), self.bits), scale
+    def scales(
+        self, groups: torch.Tensor, scale_search: ScaleSearch, importance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scales of float32 groups [R, G, N] by the rule: float32 [R, G], of numbers that BF16 holds. importance is
+        float32 [G, N] or None, for "mse". Raises CheckpointError on NaN or infinity."""
+        from .quantize_kernels import amax_scales
+        from .scale_search import search_scales
 
-    def _importance(
+        weights = groups.flatten(1).contiguous().numpy()
+        scales = np.empty(groups.shape[:2], np.float32)
+        if not amax_scales(weights, self.max_code, scales):
+            raise self._not_finite()
+        if scale_search == "mse":
+            search_scales(weights, scales, self.max_code, None if importance is None else importance.flatten().numpy())
+        return torch.from_numpy(scales)
+
+    def lowest_code(self, scale_search: ScaleSearch) -> int:
+        """The smallest code that is written."""
+        return -self.max_code - (scale_search == "mse")
+
+    def _encode(self, groups: torch.Tensor, scales: torch.Tensor, scale_search: ScaleSearch, packed: Bytes) -> None:
+        """Fill packed uint8 [R, bytes of a row]."""
+        from .quantize_kernels import encode
+
+        weights = groups.flatten(1).numpy()
+        scratch = np.empty(weights.shape[1], np.uint8)
+        lowest = self.lowest_code(scale_search)
+        encode(weights, scales.numpy(), lowest, self.max_code, self.bits, packed, scratch)
+
+    def _groups(self, columns: int) -> tuple[int, int]:
+        """Groups in a row, and weights in a group."""
+        size = self.group_size or columns
+        return columns // size, size
+
+    def demand_importance(
         self, scale_search: ScaleSearch, importance: torch.Tensor | None, columns: int
     ) -> torch.Tensor | None:
+        """Importance by group, float32 [G, N]. Raises RequestError where it can't be one."""
         if scale_search not in SCALE_SEARCHES:
             raise RequestError(f"scale_search is {scale_search!r}; known: {', '.join(SCALE_SEARCHES)}")
         if importance is None:
@@ -105,7 +130,7 @@ class PackedInt(QuantFormat):
         importance = importance.to(torch.float32)
         if not (torch.isfinite(importance) & (importance >= 0)).all():
             raise RequestError("importance holds a number that is negative, NaN or infinite")
-        return importance.view(-1, self.group_size or columns)
+        return importance.reshape(self._groups(columns)).contiguous()
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -29,7 +29,9 @@ class Plain(QuantFormat):
     ) -> dict[str, torch.Tensor]:
         """Rounded to the nearest; a number too large for the format is an error, never an infinity."""
         self._demand_no_search(scale_search, importance)
-        rounded = self._finite(weight).to(PLAIN_DTYPES[self.name])
+        rounded = weight.to(PLAIN_DTYPES[self.name], copy=True).contiguous()  # never the memory of `weight`
         if not torch.isfinite(rounded).all():
+            if not torch.isfinite(weight).all():
+                raise self._not_finite()
             raise CheckpointError(f"a weight holds {weight.abs().max():g}, which is too large for {self.name}")
         return {"weight": rounded}

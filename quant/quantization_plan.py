@@ -49,6 +49,11 @@ class Matrix:
         return self.source_format.name == self.target.name
 
     @property
+    def is_copied(self) -> bool:
+        """Whether its bytes are copied as ranges, unseen."""
+        return self.is_kept and self.kind == "experts"
+
+    @property
     def run(self) -> tuple[TensorSpec, ...]:
         """What lies in the piece's run: all but weight_shape."""
         return tuple(spec for suffix, spec in self.specs.items() if suffix != WEIGHT_SHAPE)

@@ -9,35 +9,39 @@ model.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
 
-from .conversion import Damage, convert, read_blocks
+from .conversion import Block, ConvertedBlock, Damage, convert_block, converted, read_blocks
+from .direct_reading import read_direct
 from .durable_files import PARTIAL, write_whole
 from .errors import CheckpointError, RequestError
-from .file_reading import read_exactly
+from .formats import ScaleSearch
+from .heap import keep_freed_memory
 from .journal import JOURNAL_NAME, Journal, demand_same
 from .quantization_plan import OutputShard, Piece, QuantizationPlan
 from .read_ahead import read_ahead
 from .safetensors_file import TensorRecord
 from .shard_writer import ShardWriter, file_bytes
 from .shards import INDEX_NAME
-from .types import QuantTensor
 
 MANIFEST_NAME = "k2lite_manifest.json"
 CONFIG_NAME = "config.json"
 UNVERIFIED = "unverified"
-READ_AHEAD_BLOCKS = 3
+# Blocks that are read or worked on before they are written: about three reads.
+READ_AHEAD_BLOCKS = 24
 # Bytes between two syncs: what a lost machine costs. A sync of this much takes a tenth of a second.
 SYNC_BYTES = 256 << 20
 COPY_BYTES = 16 << 20
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -72,8 +76,9 @@ class _Run:
     journal: Journal
     lines: list[dict[str, Any]]
     report: Callable[[Progress], None]
-    # one thread for the whole run: the C library gives each new one a heap of its own
+    # threads for the whole run: the C library gives each new one a heap of its own
     reader: ThreadPoolExecutor
+    workers: ThreadPoolExecutor
     progress: Progress = field(default_factory=Progress)
 
 
@@ -87,8 +92,10 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
     absent folder it simply begins. Raises RequestError if the folder is in use, holds something else, or was begun
     with other settings; CheckpointError where bytes can't be read or written."""
     _demand_usable(job.destination, resume)
+    keep_freed_memory()
     journal = Journal(job.destination)
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    workers = ThreadPoolExecutor(THREADS, thread_name_prefix="convert")
     try:
         first, lines = journal.read()
         if first is None:
@@ -96,7 +103,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
             journal.begin(job.identity)
         else:
             demand_same(first, job.identity, job.destination)
-        run = _Run(job, journal, lines, report, reader)
+        run = _Run(job, journal, lines, report, reader, workers)
         for number, shard in enumerate(job.plan.shards):
             _write_shard(run, number, shard)
         _write_small_files(run)
@@ -104,6 +111,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
         return run.progress
     finally:
         reader.shutdown(cancel_futures=True)
+        workers.shutdown(cancel_futures=True)
         journal.close()
 
 
@@ -144,11 +152,8 @@ def _write_shard(run: _Run, number: int, shard: OutputShard) -> None:
     try:
         run.progress.done_bytes += sum(piece.source_nbytes for piece in shard.pieces[:done])
         pieces = shard.pieces[done:]
-        blocks = read_ahead(
-            read_blocks(matrix for piece in pieces for matrix in piece.matrices if not matrix.is_kept),
-            READ_AHEAD_BLOCKS,
-            run.reader,
-        )
+        search = run.job.plan.recipe.scale_search
+        blocks = read_ahead(_read(pieces, search), _work_on, READ_AHEAD_BLOCKS, run.reader, run.workers)
         unsynced = 0
         for piece in pieces:
             run.progress.piece = piece.name
@@ -194,7 +199,32 @@ def _checksum_of(writer: ShardWriter, offset: int, nbytes: int) -> str:
     return digest.hexdigest()
 
 
-def _write_piece(run: _Run, writer: ShardWriter, piece: Piece, blocks: Iterator[QuantTensor]) -> dict[str, Any]:
+def _read(pieces: Iterable[Piece], scale_search: ScaleSearch) -> Iterator[Block | torch.Tensor]:
+    """What is read for these pieces, in order: blocks to be converted and bytes that stay as they are."""
+    for piece in pieces:
+        if piece.carried is not None:
+            yield from _read_carried(*piece.carried)
+        for matrix in piece.matrices:
+            if not matrix.is_kept:
+                yield from read_blocks(matrix, scale_search)
+            elif not matrix.is_copied:
+                for path, record in matrix.kept_run:
+                    yield from _read_carried(path, record)
+
+
+def _read_carried(path: Path, record: TensorRecord) -> Iterator[torch.Tensor]:
+    for at in range(0, record.nbytes, COPY_BYTES):
+        nbytes = min(COPY_BYTES, record.nbytes - at)
+        yield read_direct(path, record.offset + at, nbytes, f"tensor {record.name}")
+
+
+def _work_on(read: Block | torch.Tensor) -> ConvertedBlock | torch.Tensor:
+    return convert_block(read) if isinstance(read, Block) else read
+
+
+def _write_piece(
+    run: _Run, writer: ShardWriter, piece: Piece, blocks: Iterator[ConvertedBlock | torch.Tensor]
+) -> dict[str, Any]:
     """Append a piece; returns what the journal and the manifest say of it."""
     digest = xxhash.xxh3_64()
     verified = True
@@ -205,29 +235,27 @@ def _write_piece(run: _Run, writer: ShardWriter, piece: Piece, blocks: Iterator[
         writer.append([tensor])
         run.progress.written_bytes += tensor.nbytes
 
-    def carry(path: Path, record: TensorRecord) -> None:
-        for at in range(0, record.nbytes, COPY_BYTES):
-            buffer = torch.empty(min(COPY_BYTES, record.nbytes - at), dtype=torch.uint8)
-            read_exactly(path, record.offset + at, buffer, f"tensor {record.name}")
-            append(buffer)
+    def carry(record: TensorRecord) -> None:
+        for _ in range(0, record.nbytes, COPY_BYTES):
+            append(cast(torch.Tensor, next(blocks)))
 
     if piece.carried is not None:
-        carry(*piece.carried)
+        carry(piece.carried[1])
     for matrix in piece.matrices:
         entry: dict[str, Any] = {"format": matrix.target.name, "source": matrix.source_format.name}
         if not matrix.is_kept:
             damage = Damage()
-            for tensor in convert(matrix, blocks, run.job.plan.recipe.scale_search, damage):
+            for tensor in converted(matrix, cast(Iterator[ConvertedBlock], blocks), damage):
                 append(tensor)
             entry |= {"relative_mse": _rounded(damage.relative_mse), "cosine": _rounded(damage.cosine)}
-        elif matrix.kind == "experts":
+        elif matrix.is_copied:
             verified = False
             for path, record in matrix.kept_run:
                 writer.copy(path, record.offset, record.nbytes)
                 run.progress.written_bytes += record.nbytes
         else:
-            for path, record in matrix.kept_run:
-                carry(path, record)
+            for _, record in matrix.kept_run:
+                carry(record)
         weights[matrix.module] = entry
     run.progress.read_bytes += piece.source_nbytes
     return {"checksum": digest.hexdigest() if verified else UNVERIFIED, "weights": weights}

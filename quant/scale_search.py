@@ -1,81 +1,167 @@
-"""Looks for the scales that make the smallest squared error, a group of weights at a time, all groups at once.
+"""Looks for the scales that make the smallest squared error, a group of weights at a time.
 
 Codes are -8..7 or -128..127, and a scale may be negative: of a group's two ends, the one with the largest weight gets
 the code that only the low end has. llama.cpp's Q4_0 does the same; no scale for codes -7..7 is as good as its rule.
 
-Every operation is elementwise and sums run in one fixed order, so that the bits depend neither on the number of threads
-nor on how many rows are given at once. Knows nothing of packing.
+LANES groups are worked on side by side, turned so that each has a lane of its own: a sum runs down its lane in one
+fixed order, so that the bits depend neither on the number of threads, nor on how many rows are given at once, nor on a
+processor's vectors. Knows nothing of packing.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
+import numpy as np
+from numpy import float32
+
+from .compiling import inner, kernel
+from .lane_sums import LANES, add_errors, add_products
+from .quantize_kernels import bf16
 
 # By the largest code, factors of the scale that puts the largest weight on that code. At 7/8 it has code -8, below that
 # it is clipped; above, chance decides how well the other weights fall. In 8 bits clipping costs more than it gains.
 FACTORS = {
-    7: tuple(step / 40 for step in range(28, 43)),
-    127: tuple(step / 200 for step in range(194, 210)),
+    7: np.array([step / 40 for step in range(28, 43)], float32),
+    127: np.array([step / 200 for step in range(194, 210)], float32),
 }
 REFINEMENTS = 2
 # A gain smaller than this may be float32's rounding: it is no reason to leave a scale.
-LEAST_GAIN = 1e-4
+LEAST_GAIN = float32(1e-4)
+# an intrinsic is called without its first parameter, which type checkers don't know
+sum_errors: Any = add_errors
+sum_products: Any = add_products
+SPAN = 128  # weights of a group that are in the turned tile at once
 
 
-def search_scales(
-    groups: torch.Tensor, amax_scales: torch.Tensor, max_code: int, importance: torch.Tensor | None
-) -> torch.Tensor:
-    """BF16 scales [R, G] for float32 `groups` [R, G, N] and codes up to max_code, 7 or 127: of the candidates the one
-    with the smallest sum of importance * (weight - code * scale)**2, and amax_scales [R, G] where none is better.
+def search_scales(weights: np.ndarray, scales: np.ndarray, max_code: int, importance: np.ndarray | None = None) -> None:
+    """Replace scales float32 [R, G], those of the amax rule, by the BF16 numbers that make the smallest sum of
+    importance * (weight - code * scale)**2 of each group of weights float32 [R, C], for codes -max_code - 1..max_code
+    and max_code 7 or 127; they stay where none is better. All finite, contiguous.
 
-    `importance` is [G, N], None for 1. The candidates are amax_scales times FACTORS, signed, then REFINEMENTS times the
-    scale that the best codes so far would like to have, in closed form (least squares); all are rounded to BF16
-    first."""
-    values = groups.permute(2, 0, 1).contiguous()  # [N, R, G]: sums over the first axis run along whole rows
-    weights = None if importance is None else importance.t().contiguous()[:, None, :]  # [N, 1, G]
-    best = amax_scales.to(torch.float32)
-    error = _error(values, best, max_code, weights)
-
-    def keep_if_better(trial: torch.Tensor) -> None:
-        nonlocal best, error
-        trial = trial.to(torch.bfloat16).to(torch.float32)
-        trial_error = _error(values, trial, max_code, weights)
-        better = trial_error < error * (1 - LEAST_GAIN)  # false for the NaN of a scale that is 0, infinite or NaN
-        better &= torch.isfinite(trial * (max_code + 1))  # near float32's limit the lowest code would be infinite
-        best, error = torch.where(better, trial, best), torch.where(better, trial_error, error)
-
-    start = torch.where(groups.amax(dim=-1) > -groups.amin(dim=-1), -best, best)
-    for factor in FACTORS[max_code]:
-        keep_if_better(start * factor)
-    for _ in range(REFINEMENTS):
-        keep_if_better(_least_squares(values, best, max_code, weights))
-    return best.to(torch.bfloat16)
+    importance is float32 [C], one number a column and at least 0, None for 1. The candidates are the scales times
+    FACTORS, signed, then REFINEMENTS times the scale that the best codes so far would like to have, in closed form
+    (least squares); all are rounded to BF16 first."""
+    groups = scales.shape[1]
+    _search(
+        weights.reshape(scales.size, -1),
+        scales.reshape(-1),
+        groups,
+        float32(max_code),
+        FACTORS[max_code],
+        importance,
+        np.empty((SPAN, LANES), float32),
+        None if importance is None else np.empty((SPAN, LANES), float32),
+    )
 
 
-def _error(values: torch.Tensor, scales: torch.Tensor, max_code: int, weights: torch.Tensor | None) -> torch.Tensor:
-    """The root of each group's weighted sum of squared errors, [R, G]. Summed in units of the scale, where no square
-    over- or underflows."""
-    steps = values / scales
-    off = steps.round().clamp_(-max_code - 1, max_code).sub_(steps).square_()
-    return _sum(off if weights is None else off.mul_(weights)).sqrt() * scales.abs()
+@kernel
+def _search(values, scales, groups_a_row, max_code, factors, importance, tile, weights):  # type: ignore[no-untyped-def]
+    """values [groups, N], scales [groups]; tile and weights [SPAN, LANES] are where spans of them are turned."""
+    size = values.shape[1]
+    trials, errors = np.empty((1 + len(factors), LANES), float32), np.empty((1 + len(factors), LANES), float32)
+    sums, inverse = np.empty((2, LANES), float32), np.empty(LANES, float32)
+    best, error = np.empty(LANES, float32), np.empty(LANES, float32)
+    for first in range(0, len(scales), LANES):
+        count = min(LANES, len(scales) - first)
+        for lane in range(LANES):
+            best[lane] = scales[first + lane] if lane < count else float32(1)
+        # the ends of each group, then in turn the errors of trials and the scale that the best codes would like
+        for step in range(2 + 2 * REFINEMENTS):
+            finding_errors = step % 2 == 1
+            count_trials = len(trials) if step == 1 else 1
+            _clear(errors)
+            _clear(sums)
+            for begin in range(0, size, SPAN):
+                places = min(SPAN, size - begin)
+                if step == 0 or size > SPAN:
+                    _turn(values, first, begin, places, tile)
+                    if importance is not None:
+                        _turn_importance(importance, first, groups_a_row, size, begin, places, weights)
+                if step == 0:
+                    _widen(tile, places, sums)
+                elif finding_errors:
+                    for trial in range(count_trials):
+                        _invert(trials[trial], inverse)
+                        sum_errors(tile, places, inverse, max_code, weights, errors[trial : trial + 1])
+                else:
+                    _invert(best, inverse)
+                    sum_products(tile, places, inverse, max_code, weights, sums)
+            if step == 0:
+                _signed_trials(best, sums, factors, trials)
+            elif finding_errors:
+                _keep_best(trials, errors, count_trials, step == 1, max_code, best, error)
+            else:
+                for lane in range(LANES):
+                    trials[0, lane] = bf16(best[lane] * sums[0, lane] / sums[1, lane])
+        for lane in range(count):
+            scales[first + lane] = best[lane]
 
 
-def _least_squares(
-    values: torch.Tensor, scales: torch.Tensor, max_code: int, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """For the codes that `scales` give, the scales with the smallest error, [R, G]; NaN for a group of zeros."""
-    steps = values / scales
-    codes = steps.round().clamp_(-max_code - 1, max_code)
-    weighted = codes if weights is None else codes * weights
-    return scales * _sum(steps.mul_(weighted)) / _sum(codes * weighted)
+@inner
+def _clear(table):  # type: ignore[no-untyped-def]
+    for row in range(len(table)):
+        for lane in range(LANES):
+            table[row, lane] = 0
 
 
-def _sum(terms: torch.Tensor) -> torch.Tensor:
-    """Sum over the first axis, in halves, which overwrites `terms`."""
-    while len(terms) > 1:
-        half = len(terms) // 2
-        terms[:half] += terms[half : 2 * half]
-        if len(terms) % 2:
-            terms[0] += terms[-1]
-        terms = terms[:half]
-    return terms[0]
+@inner
+def _turn(values, first, begin, places, tile):  # type: ignore[no-untyped-def]
+    """Columns begin.. of LANES groups, each group down its lane; zeros where there is none."""
+    for lane in range(LANES):
+        if first + lane < len(values):
+            group = values[first + lane, begin : begin + places]
+            for place in range(places):
+                tile[place, lane] = group[place]
+        else:
+            for place in range(places):
+                tile[place, lane] = 0
+
+
+@inner
+def _turn_importance(importance, first, groups_a_row, size, begin, places, weights):  # type: ignore[no-untyped-def]
+    for lane in range(LANES):
+        start = (first + lane) % groups_a_row * size + begin
+        group = importance[start : start + places]
+        for place in range(places):
+            weights[place, lane] = group[place]
+
+
+@inner
+def _widen(tile, places, ends):  # type: ignore[no-untyped-def]
+    """Have ends [2, LANES], the largest and the smallest value of each lane, take in those of a tile."""
+    for place in range(places):
+        for lane in range(LANES):
+            value = tile[place, lane]
+            ends[0, lane] = value if value > ends[0, lane] else ends[0, lane]
+            ends[1, lane] = value if value < ends[1, lane] else ends[1, lane]
+
+
+@inner
+def _signed_trials(scales, ends, factors, trials):  # type: ignore[no-untyped-def]
+    """The scales as they are, then times each factor, negative where a group reaches further up than down."""
+    for lane in range(LANES):
+        trials[0, lane] = scales[lane]
+        start = -scales[lane] if ends[0, lane] > -ends[1, lane] else scales[lane]
+        for trial in range(len(factors)):
+            trials[1 + trial, lane] = bf16(start * factors[trial])
+
+
+@inner
+def _invert(scales, inverse):  # type: ignore[no-untyped-def]
+    for lane in range(LANES):
+        inverse[lane] = float32(1) / scales[lane]
+
+
+@inner
+def _keep_best(trials, errors, count, begin, max_code, best, error):  # type: ignore[no-untyped-def]
+    """Take trials that are better than the best so far. Errors are compared as roots, out of units of the scale: sums
+    of squares in these never over- or underflow. With `begin` the first trial is what to be better than."""
+    for trial in range(count):
+        for lane in range(LANES):
+            scale = trials[trial, lane]
+            off = np.sqrt(errors[trial, lane]) * abs(scale)
+            better = off < error[lane] * (float32(1) - LEAST_GAIN)  # false for the NaN of a scale that is 0 or infinite
+            better &= abs(scale) * (max_code + float32(1)) < float32(np.inf)  # the lowest code must be finite
+            if (begin and trial == 0) or better:
+                best[lane], error[lane] = scale, off

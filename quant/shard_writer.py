@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .direct_writing import DirectWriter, write_at
 from .durable_files import PARTIAL, sync
 from .errors import CheckpointError
 from .safetensors_file import DTYPES
@@ -63,7 +64,8 @@ def file_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 
 class ShardWriter:
-    """Appends tensors in the order of `tensors`. `written` counts bytes of data that are in the file."""
+    """Appends tensors in the order of `tensors`. `written` counts bytes of data that were taken; they are in the file
+    after `sync`."""
 
     def __init__(self, path: Path, tensors: Sequence[TensorSpec], *, written: int = 0) -> None:
         """Begin the file, or with `written` go on behind that many bytes of data and drop what lies after them."""
@@ -76,30 +78,31 @@ class ShardWriter:
         try:
             self._fd = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
             os.ftruncate(self._fd, self._data_start + written)
-            self._write(header)
-            os.lseek(self._fd, 0, os.SEEK_END)
+            write_at(self._fd, 0, header)
+            self._stream = DirectWriter(self.partial, self._fd, self._data_start + written)
         except OSError as error:
             raise self._failed(error) from error
 
     def append(self, tensors: Iterable[torch.Tensor]) -> None:
         """Write the bytes of contiguous CPU tensors, the next ones in order."""
         for tensor in tensors:
-            data = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
             try:
-                self._write(data)
+                self._stream.append(tensor.contiguous().view(-1).view(torch.uint8))
             except OSError as error:
                 raise self._failed(error) from error
-            self.written += len(data)
+            self.written += tensor.nbytes
 
     def copy(self, source: Path, offset: int, nbytes: int) -> None:
         """Append a range of another file inside the kernel: no bytes pass through here, and a file system that can
         share blocks does. Raises CheckpointError naming the file that can't be read or written."""
+        self._flush()
         try:
             fd = os.open(source, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{source}: can't be read: {error.strerror or error}") from error
         try:
             done = 0
+            os.lseek(self._fd, self._data_start + self.written, os.SEEK_SET)
             while done < nbytes:
                 count = self._copy_some(fd, offset + done, nbytes - done)
                 if not count:
@@ -113,6 +116,7 @@ class ShardWriter:
         finally:
             os.close(fd)
         self.written += nbytes
+        self._stream.move(self._data_start + self.written)
 
     def _copy_some(self, fd: int, offset: int, nbytes: int) -> int:
         """Bytes that were copied. Between different file systems the kernel refuses the first call and takes the
@@ -125,11 +129,12 @@ class ShardWriter:
         return os.sendfile(self._fd, fd, offset, nbytes)
 
     def read_back(self, offset: int, nbytes: int) -> bytes:
-        """Bytes of the data that were written already."""
+        """Bytes of the data that were written before this object was made, or synced."""
         return os.pread(self._fd, nbytes, self._data_start + offset)
 
     def sync(self) -> None:
         """Put everything written so far on the disk."""
+        self._flush()
         try:
             os.fsync(self._fd)
         except OSError as error:
@@ -140,21 +145,22 @@ class ShardWriter:
         if self.written != self._total:
             raise RuntimeError(f"{self.path}: {self.written} of {self._total} bytes were written")
         self.sync()
-        os.close(self._fd)
-        self._fd = -1
+        self.close()
         self.partial.rename(self.path)
         sync(self.path.parent)
 
     def close(self) -> None:
         """Leave the unfinished file as it is."""
         if self._fd >= 0:
+            self._stream.close()
             os.close(self._fd)
             self._fd = -1
 
-    def _write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while len(view):
-            view = view[os.write(self._fd, view) :]
+    def _flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> CheckpointError:
         return CheckpointError(

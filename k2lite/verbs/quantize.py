@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from k2lite.quant.quantization_plan import QuantizationPlan
     from k2lite.quant.quantizer import Job, Progress
     from k2lite.quant.recipe import Recipe
+    from k2lite.quant.time_estimate import TimeEstimate
 
 FORMATS = "int4_g32, int4_g64, int4_g128, int8_g128, int8_channel, fp8_e4m3_b128, bf16, keep"
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how integer scales are found: amax (default), or mse: smaller errors, slower, scales of either sign",
     )
     parser.add_argument("--text-only", action="store_true", help="leave a vision tower out")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and a measured guess of its time")
     parser.add_argument("--resume", action="store_true", help="go on where a run was cut off")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
@@ -57,8 +58,7 @@ def execute(args: argparse.Namespace) -> int:
     plan = plan_quantization(checkpoint, _recipe(args, checkpoint), text_only=args.text_only)
     print(as_text(args.source, plan), file=sys.stderr)
     if args.dry_run:
-        if args.json:
-            print(json.dumps(plan_facts(plan)))
+        _say_plan(args, plan)
         return 0
     if args.destination is None:
         raise RequestError("name a folder to write to: k2lite quantize SRC DST")
@@ -70,6 +70,19 @@ def execute(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
     print(summary(facts), file=sys.stderr)
     return 0
+
+
+def _say_plan(args: argparse.Namespace, plan: QuantizationPlan) -> None:
+    """What --dry-run adds to the plan. Where the result would lie decides how long it takes."""
+    from dataclasses import asdict
+
+    from k2lite.quant.time_estimate import estimate_time
+
+    estimate = None if args.destination is None else estimate_time(plan, args.destination)
+    print(estimate_text(estimate) if estimate else "  name a folder to write to for the time it takes", file=sys.stderr)
+    if args.json:
+        took = None if estimate is None else {"seconds": estimate.seconds, "limit": estimate.limit, **asdict(estimate)}
+        print(json.dumps({**plan_facts(plan), "time": took}))
 
 
 def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Recipe:
@@ -144,6 +157,18 @@ def as_text(source: Path, plan: QuantizationPlan) -> str:
         lines.append(f"  {use.kind:<8} {use.tensors:>7} x  {change:<28} {sizes}")
     lines += [f"  left out {count:>7} x  {reason}" for reason, count in plan.left_out.items()]
     return "\n".join(lines)
+
+
+def estimate_text(estimate: TimeEstimate) -> str:
+    """The estimate as a person reads it."""
+    from k2lite.progress import duration
+
+    disk = duration(estimate.read_s + estimate.write_s)
+    return (
+        f"  about {duration(estimate.seconds)}, limited by the {estimate.limit}: "
+        f"disk {disk} ({estimate.read_speed / 1e9:.2f} GB/s in, {estimate.write_speed / 1e9:.2f} GB/s out), "
+        f"{estimate.threads} threads {duration(estimate.compute_s)}"
+    )
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -20,6 +20,9 @@ def test_the_plan_comes_first_and_the_result_runs(k2: Run, demo: Path, tmp_path:
     assert not (tmp_path / "out").exists()
     assert "experts      432 x  fp8_e4m3_b128 -> int4_g32" in dry.stderr
     plan = json.loads(dry.stdout)
+    assert "limited by the" in dry.stderr
+    assert plan["time"]["seconds"] == max(plan["time"]["read_s"] + plan["time"]["write_s"], plan["time"]["compute_s"])
+    assert not list(tmp_path.iterdir())
     result = k2("quantize", demo, tmp_path / "out", "--json")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -154,13 +153,13 @@ def test_rows_are_worked_on_in_blocks_and_alone_give_the_same(
     options = {"scale_search": scale_search, "importance": importance if scale_search == "mse" else None}
     whole = fmt.quantize(weight.float(), **options)
     sizes: list[int] = []
-    inner = PackedInt._quantize_rows
+    inner = PackedInt.scales
 
-    def seen(self: PackedInt, rows: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
-        sizes.append(rows.numel())
-        return inner(self, rows, *rest)
+    def seen(self: PackedInt, groups: torch.Tensor, *rest: object) -> torch.Tensor:
+        sizes.append(groups.numel())
+        return inner(self, groups, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(PackedInt, "_quantize_rows", seen)
+    monkeypatch.setattr(PackedInt, "scales", seen)
     monkeypatch.setattr(packed_int, "BLOCK_WEIGHTS", 1000)
     blocks = fmt.quantize(weight, **options)
     assert sizes == [768, 768, 768, 256]
@@ -168,26 +167,6 @@ def test_rows_are_worked_on_in_blocks_and_alone_give_the_same(
         assert torch.equal(blocks[suffix], part), suffix
     monkeypatch.setattr(packed_int, "BLOCK_WEIGHTS", 1)
     assert torch.equal(fmt.quantize(weight, **options)["weight_scale"], whole["weight_scale"])
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("shape", [(300, 1024), (1, 163_840)])
-@pytest.mark.parametrize("name", ["int4_g32", "int8_channel"])
-@pytest.mark.usefixtures("threads")
-def test_bits_do_not_depend_on_the_number_of_threads(name: str, shape: tuple[int, int]) -> None:
-    weight, importance = random_matrix(*shape), torch.rand(shape[1])
-    found = []
-    for number in (1, 3):
-        torch.set_num_threads(number)
-        found.append(format_named(name).quantize(weight, scale_search="mse", importance=importance))
-    for suffix, part in found[0].items():
-        assert torch.equal(part, found[1][suffix]), suffix
 
 
 @pytest.mark.parametrize(

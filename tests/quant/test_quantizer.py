@@ -19,8 +19,9 @@ import xxhash
 from safetensors import safe_open
 
 from k2lite.loading import open_model
+from k2lite.quant import conversion, quantizer
 from k2lite.quant.errors import CheckpointError, RequestError
-from k2lite.quant.formats import format_named
+from k2lite.quant.formats import ScaleSearch, format_named
 from k2lite.quant.journal import JOURNAL_NAME
 from k2lite.quant.quantizer import quantize
 from k2lite.quant.recipe import Recipe
@@ -144,6 +145,25 @@ def test_killed_anywhere_and_resumed_the_result_is_the_same_bytes(
             assert "is finished already" in said
         assert contents(destination) == finished, f"killed at byte {point}"
     assert killed > len(points) // 2
+
+
+@pytest.mark.parametrize(("target", "search"), [("int4_g32", "mse"), ("fp8_e4m3_b128", "amax"), ("bf16", "amax")])
+def test_the_result_is_the_same_bytes_with_any_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, search: ScaleSearch
+) -> None:
+    """Blocks of 128 rows, so that a matrix has several."""
+    write_source(tmp_path / "source", "f32", hidden_size=512)
+    monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1)
+    recipe = Recipe(target, target, "keep", scale_search=search)
+    for threads in (1, 3):
+        monkeypatch.setattr(quantizer, "THREADS", threads)
+        run(tmp_path / "source", tmp_path / str(threads), recipe)
+    monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1 << 30)
+    run(tmp_path / "source", tmp_path / "whole", recipe)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    for name, data in contents(tmp_path / "whole").items():
+        if name.endswith(".safetensors"):
+            assert (tmp_path / "1" / name).read_bytes() == data
 
 
 def bytes_in(folder: Path) -> int:
