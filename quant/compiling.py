@@ -21,13 +21,17 @@ _said = threading.Event()
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled, for calls from Python; other kernels call `inner` functions."""
     compiled = inner(function)
+    ready = False
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        if compiled.nopython_signatures:
+        nonlocal ready
+        if ready:
             return compiled(*arguments)
         with _SlowCompilation():
-            return compiled(*arguments)
+            result = compiled(*arguments)
+        ready = True
+        return result
 
     return call
 

@@ -13,6 +13,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .direct_reading import PAGE, page_aligned
@@ -47,7 +48,8 @@ class DirectWriter:
         """uint8 [n]."""
         while len(data):
             part = data[: BUFFER_BYTES - self._filled]
-            self._buffer[self._filled : self._filled + len(part)] = part
+            # numpy copies on this thread: torch would wake others, which compute
+            np.copyto(self._buffer[self._filled : self._filled + len(part)].numpy(), part.numpy())
             self._filled += len(part)
             data = data[len(part) :]
             if self._filled == BUFFER_BYTES:

@@ -25,6 +25,7 @@ from .conversion import Block, ConvertedBlock, Damage, convert_block, converted,
 from .direct_reading import read_direct
 from .durable_files import PARTIAL, write_whole
 from .errors import CheckpointError, RequestError
+from .heap import keep_freed_memory
 from .journal import JOURNAL_NAME, Journal, demand_same
 from .method import HessianSource, Method
 from .moments import Moments
@@ -101,6 +102,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
     with other settings; CheckpointError where bytes can't be read or written."""
     job.method.demand_known(job.plan.matrices)
     _demand_usable(job.destination, resume)
+    keep_freed_memory()
     journal = Journal(job.destination)
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     workers = ThreadPoolExecutor(THREADS, thread_name_prefix="convert")

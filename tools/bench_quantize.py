@@ -2,7 +2,7 @@
 
 `python tools/bench_quantize.py SRC [--torch] [OPTIONS OF QUANTIZE]`, SRC at true width from tools/make_slice.py. The
 plain pass reads SRC's shards and writes as many bytes as the result has, 16 MiB after 16 MiB with direct I/O, synced at
-the end; the order is plain, quantize, plain, quantize, plain, and the page cache is asked to forget SRC before each.
+the end; the order is quantize, plain, quantize, plain, and the page cache is asked to forget SRC before each.
 --torch times the amax rule written in a few lines of torch on one expert matrix of the same width instead of a folder.
 """
 
