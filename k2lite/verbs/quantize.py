@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--importance",
         metavar="FILE",
         type=Path,
-        help="search scales (mse) that make errors small which are weighed by the moments of k2lite trace --moments FILE",
+        help="have --scale-search mse weigh errors by the moments of k2lite trace --moments FILE",
     )
     add_calibration_arguments(parser)
     parser.add_argument("--text-only", action="store_true", help="leave a vision tower out")
