@@ -71,7 +71,7 @@ class Moments:
         counts = {name: record for name, record in self._records.items() if name.endswith(".count")}
         self._counts = {name.removesuffix(".count"): int(self._read(record)[0]) for name, record in counts.items()}
         self._prior = lru_cache(maxsize=4)(self._prior_of)
-        self.identity = f"{path.name}, xxh3 {_digest(path)}"
+        self.identity = f"xxh3 {_digest(path)}"
 
     def widths(self) -> Mapping[str, int]:
         """Inputs of each module that has an entry, up_proj of experts too."""

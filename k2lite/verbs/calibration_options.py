@@ -44,6 +44,8 @@ def check_calibration_arguments(args: argparse.Namespace) -> None:
     if args.rounding == GPTQ:
         if args.calibration is None:
             raise RequestError("--rounding gptq needs a text: add --calibration FILE")
+        if args.importance is not None:
+            raise RequestError("--importance has no effect with --rounding gptq: its Hessians hold the moments already")
         if args.calibration_tokens is not None and args.calibration_tokens < 2:
             raise RequestError(f"--calibration-tokens is {args.calibration_tokens}; expected 2 or more")
         return

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--importance",
         metavar="FILE",
         type=Path,
-        help="weigh the errors of --scale-search mse by the moments of k2lite trace --moments FILE",
+        help="have --scale-search mse weigh errors by the moments of k2lite trace --moments FILE",
     )
     add_calibration_arguments(parser)
     parser.add_argument("--text-only", action="store_true", help="leave a vision tower out")
@@ -118,6 +118,8 @@ def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Recipe:
     recipe = default_recipe(set(checkpoint.formats().get("routed experts", {})))
     given = {name: getattr(args, name) for name in ("experts", "trunk", "lm_head", "scale_search")}
     chosen = {name: value for name, value in given.items() if value is not None}
+    if args.importance is not None:  # it has no other use
+        chosen.setdefault("scale_search", "mse")
     return replace(recipe, rules=tuple(map(parse_rule, args.rule)), **chosen)
 
 

@@ -39,7 +39,7 @@ def test_what_is_recorded_weighs_what_is_quantized(
     assert f"the moments of {len(read)} tokens" in capsys.readouterr().err
     assert moments._counts["lm_head"] == len(read)
     search = ("--scale-search", "mse")
-    run("quantize", demo, tmp_path / "weighed", *TRUNK, *search, "--importance", tmp_path / "m")
+    run("quantize", demo, tmp_path / "weighed", *TRUNK, "--importance", tmp_path / "m")  # means mse
     settings = json.loads((tmp_path / "weighed" / "k2lite_manifest.json").read_text())["settings"]
     assert settings["importance"] == moments.identity
     run("quantize", demo, tmp_path / "plain", *TRUNK, *search)
