@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from k2lite.cli import main
 from k2lite.loading import open_model
 from k2lite.quant.gguf_export import EXPORT_TYPES
 from k2lite.verbs import export
@@ -28,7 +31,7 @@ def test_there_and_back(k2: Run, tmp_path: Path) -> None:
     assert open_model(tmp_path / "back")[1].problems == ()
 
 
-def test_mistakes_are_one_line(k2: Run, demo: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     for arguments, message in (
         (("export", demo, tmp_path / "out", "--type", "q8_0"), "name a file that ends in .gguf"),
@@ -36,9 +39,9 @@ def test_mistakes_are_one_line(k2: Run, demo: Path, tmp_path: Path) -> None:
         (("export", tmp_path / "bad.gguf", tmp_path / "out.gguf", "--type", "f32"), "makes a folder of it that runs"),
         (("quantize", tmp_path / "bad.gguf", tmp_path / "out"), "bad.gguf: found the file's end"),
     ):
-        result = k2(*arguments)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert message in result.stderr
+        code, said = main([str(argument) for argument in arguments]), capsys.readouterr().err
+        assert (code, said.count("\n")) == (2, 1), said
+        assert message in said
     assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
 
 
