@@ -27,8 +27,6 @@ from .sampling import SamplingParams, Token, sample
 if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
 
-PREFILL_CHUNK_TOKENS = 512
-
 
 @dataclass
 class Counters:
@@ -110,6 +108,17 @@ class Engine:
             raise ContextLengthError(f"{tokens} tokens asked for; the planned context holds {limit}")
         return Sequence(self.config, tokens, self._device)
 
+    def close(self) -> None:
+        """End the reading threads and close the weight files; the engine is of no use afterwards. An engine that is
+        dropped closes by itself."""
+        self.experts.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @torch.inference_mode()
     def step(self, chunks: Ids[Chunk]) -> list[torch.Tensor]:
         """Take each chunk's tokens into its sequence. Returns float32 logits per chunk: [1, vocab] for "last",
@@ -133,9 +142,10 @@ class Engine:
             chunk.sequence.ids.extend(chunk.ids)
         return logits
 
-    def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> torch.Tensor:
-        """Take a prompt into a sequence in chunks; float32 logits [vocab] of its last token."""
+    def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int | None = None) -> torch.Tensor:
+        """Take a prompt into a sequence in chunks (default: the planned size); float32 logits [vocab] of its last token."""
         self._check_chunk(Chunk(sequence, ids))
+        chunk_tokens = self.placement.prefill_chunk_tokens if chunk_tokens is None else chunk_tokens
         if chunk_tokens < 1:
             raise RequestError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
         began = time.perf_counter()

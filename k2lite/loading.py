@@ -9,18 +9,25 @@ from pathlib import Path
 
 from k2lite.backends.base import Backend
 from k2lite.backends.registry import AUTO, open_backend
-from k2lite.offload.resident import ResidentSource
+from k2lite.offload.cache import ExpertCache
+from k2lite.offload.policies import DEFAULT_POLICY, POLICIES
+from k2lite.offload.slots import Arena
+from k2lite.offload.store import ExpertStore
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import CheckpointError, TokenizerError
+from k2lite.quant.errors import CheckpointError, RequestError, TokenizerError
 from k2lite.quant.quantization_config import parse_quantization_config
 
+from .byte_sizes import parse_bytes
 from .config import ModelConfig, read_config
 from .engine import Engine
 from .generation_config import read_generation_config
 from .model import Model
-from .placement import plan_placement
+from .placement import Placement, plan_placement
 from .text.tokenizer import load_tokenizer
 from .weights import checkpoint_schema, load_trunk
+
+# Guesses of the next layer's experts that are read ahead at most; the ranks behind are wrong too often.
+PREFETCH_WIDTH = 6
 
 
 def open_model(folder: Path, *, latent_norm_eps: float | None = None) -> tuple[ModelConfig, Checkpoint]:
@@ -38,26 +45,46 @@ def load(
     backend: str | Backend = AUTO,
     context: int | None = None,
     latent_norm_eps: float | None = None,
+    ram: str | int | None = None,
+    resident_experts: float | None = None,
+    policy: str = DEFAULT_POLICY,
+    prefetch: bool = True,
+    mirror: str | Path | None = None,
 ) -> Engine:
     """Load a model folder and return an engine that is ready to generate.
 
     backend: a name (`k2lite.backends.registry.BACKEND_NAMES`, or "auto") or a Backend.
     context: tokens that one sequence may hold, prompt and answer; by default the model's limit or 32,768.
     latent_norm_eps: eps of the norms of MLA's two latents; by default 1e-6, as in Hugging Face's code.
+    ram: what the process may take, as "96GiB" or bytes; by default what the machine and its control group can spare.
+    resident_experts: how many experts have room in RAM, a share (float) or a number (int); by default what fits.
+    policy: which experts stay (`k2lite.offload.policies.POLICIES`). prefetch: read ahead on the router's guess.
+    mirror: a folder with a copy of the weight files on another drive; reads are shared between the two.
+    None of these five changes a token.
 
     Raises K2LiteError's children; see k2lite.errors."""
+    if policy not in POLICIES:
+        raise RequestError(f"policy {policy!r} is unknown; known: {', '.join(POLICIES)}")
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
     device = open_backend(backend) if isinstance(backend, str) else backend
-    placement = plan_placement(config, checkpoint, device, context_tokens=context)
+    placement = plan_placement(
+        config,
+        checkpoint,
+        device,
+        context_tokens=context,
+        ram_bytes=None if ram is None else parse_bytes(ram),
+        resident_experts=resident_experts,
+    )
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:
         raise TokenizerError(
             f"{model}: the tokenizer has {tokenizer.n_vocab} tokens and config.json's vocab_size is "
             f"{config.vocab_size}; they belong to different models"
         )
-    experts = ResidentSource(checkpoint, config.moe_layers, config.n_routed_experts)
     trunk = load_trunk(checkpoint, config, device)
+    store = ExpertStore(checkpoint, mirror=None if mirror is None else Path(mirror))
+    experts = open_cache(config, store, placement, policy=policy, prefetch=prefetch)
     generation_eos, recommended = read_generation_config(Path(model))
     stop_ids = frozenset(config.eos_token_ids) | frozenset(generation_eos) | tokenizer.end_of_turn_ids
     return Engine(
@@ -68,4 +95,20 @@ def load(
         stop_ids=stop_ids,
         recommended_sampling=recommended,
         tokenizer=tokenizer,
+    )
+
+
+def open_cache(
+    config: ModelConfig, store: ExpertStore, placement: Placement, *, policy: str, prefetch: bool
+) -> ExpertCache:
+    """The experts of a planned model behind their arena."""
+    resident_slots = placement.slots - placement.ring_slots
+    return ExpertCache(
+        store,
+        Arena(placement.slots, placement.slot_bytes),
+        config.moe_layers,
+        config.n_routed_experts,
+        policy=POLICIES[policy](config.moe_layers, config.n_routed_experts, resident_slots),
+        ring=placement.ring_slots,
+        prefetch_width=PREFETCH_WIDTH if prefetch else 0,
     )

@@ -1,6 +1,7 @@
-"""The plan: what must be in memory, where each layer's experts multiply, and the arithmetic that decides the bits.
+"""The plan: what must be in memory, how many experts fit beside it, and the arithmetic that decides the bits.
 
-Made before anything is loaded, printed in one line, and kept to. Knows sizes; does not execute.
+Made before anything is loaded, printed in one line, and kept to. What must be there is planned first; the arena of
+experts takes the rest. Knows sizes; does not execute.
 """
 
 from __future__ import annotations
@@ -9,48 +10,182 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2lite.backends.base import Backend
+from k2lite.offload.slots import slot_bytes_for
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError
+from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError, RequestError
 
 from .config import ModelConfig
 from .kv_cache import LatentCache
 
 DEFAULT_CONTEXT_TOKENS = 32 * 1024
-# Python, torch and a step's temporaries.
+# Python, torch and what they allocate on the way.
 HEADROOM_BYTES = 1 << 30
+# Without --ram this share of the machine's memory stays free for others.
+SPARE_SHARE = 0.03
+# Slots for experts that only pass through; eight hold enough reads under way to keep a drive busy.
+RING_SLOTS = 8
+MAX_CHUNK_TOKENS, EASY_CHUNK_TOKENS = 4096, 32
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes by purpose, all in RAM, and the name of the arithmetic."""
+    """Bytes by purpose, all in RAM, and the name of the arithmetic. `slots` is how many of the model's `experts` have
+    room at once, `ring_slots` of them for those that pass through."""
 
     backend: str
     arithmetic: str
     context_tokens: int
+    prefill_chunk_tokens: int
     trunk_bytes: int
     experts_bytes: int
     kv_bytes: int
+    transient_bytes: int
+    headroom_bytes: int
+    experts: int
+    slots: int
+    ring_slots: int
+    slot_bytes: int
+    budget_bytes: int
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the process will take."""
+        return self.arena_bytes + self.trunk_bytes + self.kv_bytes + self.transient_bytes + self.headroom_bytes
+
+    @property
+    def everything_fits(self) -> bool:
+        return self.slots >= self.experts
 
     def experts_on(self, layer: int) -> Literal["host", "device", "split"]:  # noqa: ARG002
         """Where a layer's experts multiply; one device so far, so every layer answers alike."""
         return "host"
 
     def __str__(self) -> str:
+        kept = (
+            f"all {self.experts} experts {gib(self.arena_bytes)}"
+            if self.everything_fits
+            else f"{self.slots} of {self.experts} experts {gib(self.arena_bytes)} (the others stay on the drive)"
+        )
         return (
-            f"backend {self.backend} ({self.arithmetic}); in RAM: trunk {gib(self.trunk_bytes)}, "
-            f"experts {gib(self.experts_bytes)}, KV for {self.context_tokens} tokens {gib(self.kv_bytes)}"
+            f"backend {self.backend} ({self.arithmetic}); in RAM: trunk {gib(self.trunk_bytes)}, {kept}, "
+            f"KV for {self.context_tokens} tokens {gib(self.kv_bytes)}; prompts in chunks of "
+            f"{self.prefill_chunk_tokens}; {gib(self.total_bytes)} of {gib(self.budget_bytes)}"
         )
 
 
 def plan_placement(
-    config: ModelConfig, checkpoint: Checkpoint, backend: Backend, *, context_tokens: int | None = None
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    *,
+    context_tokens: int | None = None,
+    ram_bytes: int | None = None,
+    resident_experts: float | None = None,
 ) -> Placement:
     """Decide, or raise: ContextLengthError for a context the model was not made for, BackendError for a format the
-    backend can't multiply, MemoryPlanError with the sum where memory is short."""
+    backend can't multiply, RequestError for a number out of range, MemoryPlanError with the sum where memory is short.
+
+    `ram_bytes` is what the process may take (default: what the machine can spare). `resident_experts` fixes the slots:
+    a share of all experts (a float of at most 1) or their number (an int)."""
     longest = config.max_position_embeddings
     if context_tokens is not None and not 1 <= context_tokens <= longest:
         raise ContextLengthError(f"context of {context_tokens} tokens asked for; this model takes 1 to {longest}")
     context = min(DEFAULT_CONTEXT_TOKENS, longest) if context_tokens is None else context_tokens
+    _demand_formats(checkpoint, backend)
+    memory = backend.memory()
+    available = memory.available_bytes
+    if ram_bytes is not None and ram_bytes > available:
+        raise MemoryPlanError(
+            f"--ram {gib(ram_bytes)} is more than the {gib(available)} of memory that is available; k2lite doesn't swap"
+        )
+    budget = max(0, available - int(SPARE_SHARE * memory.total_bytes)) if ram_bytes is None else ram_bytes
+    parts = _Parts(
+        trunk=checkpoint.trunk_bytes,
+        kv=LatentCache.nbytes_for(config, context),
+        context=context,
+        slot=slot_bytes_for(checkpoint),
+        experts=len(config.moe_layers) * config.n_routed_experts,
+    )
+    fewest = min(config.num_experts_per_tok + 1, parts.experts)
+    chunk = _chunk_tokens(config, parts, fewest, budget)
+    transient = transient_bytes(config, chunk)
+    fixed = parts.trunk + parts.kv + transient + HEADROOM_BYTES
+    room = max(0, budget - fixed) // parts.slot
+    wanted = parts.experts if resident_experts is None else _wanted(resident_experts, parts.experts, fewest)
+    slots = min(room, wanted)
+    if slots < (fewest if resident_experts is None else wanted):
+        raise MemoryPlanError(_short(checkpoint, parts, transient, fewest if resident_experts is None else wanted, budget))
+    ring = 0 if slots == parts.experts else max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, slots // 8))
+    capabilities = backend.capabilities()
+    return Placement(
+        backend=backend.name,
+        arithmetic=capabilities.arithmetic,
+        context_tokens=context,
+        prefill_chunk_tokens=chunk,
+        trunk_bytes=parts.trunk,
+        experts_bytes=checkpoint.experts_bytes,
+        kv_bytes=parts.kv,
+        transient_bytes=transient,
+        headroom_bytes=HEADROOM_BYTES,
+        experts=parts.experts,
+        slots=slots,
+        ring_slots=ring,
+        slot_bytes=parts.slot,
+        budget_bytes=budget,
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes of what the plan is made of; `slot` of one expert, `experts` how many there are."""
+
+    trunk: int
+    kv: int
+    context: int
+    slot: int
+    experts: int
+
+
+def transient_bytes(config: ModelConfig, tokens: int) -> int:
+    """What a step of so many tokens takes for a while: experts' results [T, K, D] and a few rows of every width."""
+    active = config.num_experts_per_tok
+    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.latent_dim + config.v_head_dim)
+    ffn = max(config.intermediate_size, active * config.moe_intermediate_size)
+    return 4 * tokens * ((active + 6) * config.hidden_size + 3 * ffn + 2 * heads)
+
+
+def _chunk_tokens(config: ModelConfig, parts: _Parts, fewest: int, budget: int) -> int:
+    """The largest chunk of a prompt, a power of two: each chunk reads most experts once, so fewer chunks are faster,
+    but beyond an easy size it may take an eighth of what is left beside the trunk at most."""
+    left = budget - parts.trunk - parts.kv - HEADROOM_BYTES - fewest * parts.slot
+    chunk = MAX_CHUNK_TOKENS
+    while chunk > 1:
+        takes = transient_bytes(config, chunk)
+        if chunk < 2 * parts.context and takes <= left and (chunk <= EASY_CHUNK_TOKENS or takes <= left / 8):
+            return chunk
+        chunk //= 2
+    return chunk
+
+
+def _wanted(resident_experts: float, experts: int, fewest: int) -> int:
+    is_share = isinstance(resident_experts, float)
+    if resident_experts <= 0 or (is_share and resident_experts > 1):
+        raise RequestError(
+            f"resident_experts is {resident_experts}; expected a share above 0 and up to 1.0, or a number of experts"
+        )
+    count = min(experts, round(resident_experts * experts) if is_share else int(resident_experts))
+    if count < fewest:
+        raise RequestError(
+            f"resident_experts {resident_experts} makes {count} slots; one layer's choice and one more take {fewest}"
+        )
+    return count
+
+
+def _demand_formats(checkpoint: Checkpoint, backend: Backend) -> None:
     capabilities = backend.capabilities()
     missing = {name for uses in checkpoint.formats().values() for name in uses} - capabilities.formats
     if missing:
@@ -58,24 +193,15 @@ def plan_placement(
             f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
             f"it takes {', '.join(sorted(capabilities.formats))}"
         )
-    placement = Placement(
-        backend=backend.name,
-        arithmetic=capabilities.arithmetic,
-        context_tokens=context,
-        trunk_bytes=checkpoint.trunk_bytes,
-        experts_bytes=checkpoint.experts_bytes,
-        kv_bytes=LatentCache.nbytes_for(config, context),
+
+
+def _short(checkpoint: Checkpoint, parts: _Parts, transient: int, slots: int, budget: int) -> str:
+    needed = parts.trunk + parts.kv + transient + HEADROOM_BYTES + slots * parts.slot
+    return (
+        f"{checkpoint.folder}: trunk {gib(parts.trunk)} + KV for {parts.context} tokens {gib(parts.kv)} + a step "
+        f"{gib(transient)} + headroom {gib(HEADROOM_BYTES)} + {slots} experts {gib(slots * parts.slot)} = "
+        f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
     )
-    needed = placement.trunk_bytes + placement.experts_bytes + placement.kv_bytes + HEADROOM_BYTES
-    available = backend.memory().available_bytes
-    if needed > available:
-        raise MemoryPlanError(
-            f"{checkpoint.folder}: trunk {gib(placement.trunk_bytes)} + experts {gib(placement.experts_bytes)} + "
-            f"KV for {context} tokens {gib(placement.kv_bytes)} + headroom {gib(HEADROOM_BYTES)} = {gib(needed)}, and "
-            f"{gib(available)} of memory is available; all experts must be in RAM in this version"
-            + ("" if context_tokens else " (a smaller --context needs less)")
-        )
-    return placement
 
 
 def gib(nbytes: int) -> str:

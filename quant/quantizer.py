@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import xxhash
 
+from .checksums import MANIFEST_NAME, MANIFEST_VERSION, UNVERIFIED
 from .conversion import Damage, convert, read_blocks
 from .durable_files import PARTIAL, write_whole
 from .errors import CheckpointError, RequestError
@@ -31,9 +32,7 @@ from .shard_writer import ShardWriter, file_bytes
 from .shards import INDEX_NAME
 from .types import QuantTensor
 
-MANIFEST_NAME = "k2lite_manifest.json"
 CONFIG_NAME = "config.json"
-UNVERIFIED = "unverified"
 READ_AHEAD_BLOCKS = 3
 # Bytes between two syncs: what a lost machine costs. A sync of this much takes a tenth of a second.
 SYNC_BYTES = 256 << 20
@@ -248,7 +247,7 @@ def _write_small_files(run: _Run) -> None:
     total = sum(spec.nbytes for shard in job.plan.shards for spec in shard.tensors)
     write_whole(
         job.destination / MANIFEST_NAME,
-        _json({"version": 1, **job.identity, "pieces": _manifest_pieces(run.journal)}),
+        _json({"version": MANIFEST_VERSION, **job.identity, "pieces": _manifest_pieces(run.journal)}),
     )
     write_whole(job.destination / INDEX_NAME, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
     write_whole(job.destination / CONFIG_NAME, _json(job.config))

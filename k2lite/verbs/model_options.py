@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from k2lite.engine import Engine
     from k2lite.sampling import SamplingParams
 
+# As in offload/policies.py, which needs numpy; a test compares them. The first is the default.
+POLICIES = ("lru",)
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to load it."""
@@ -21,7 +24,44 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
     )
+    add_memory_arguments(parser)
     add_eps_argument(parser)
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much memory the model may take, and what happens with experts that have no room. None changes a token."""
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="memory the process may take, such as 96GiB (default: what the machine can spare)"
+    )
+    parser.add_argument(
+        "--resident-experts", metavar="N", help="experts that have room in RAM: a share such as 0.2, or a number"
+    )
+    parser.add_argument("--policy", metavar="NAME", help=f"which experts stay in RAM: {', '.join(POLICIES)} (default: {POLICIES[0]})")
+    parser.add_argument("--no-prefetch", action="store_true", help="don't read experts ahead on the router's guess")
+    parser.add_argument(
+        "--mirror", type=Path, metavar="DIR", help="a copy of the weight files on another drive; reads are shared"
+    )
+
+
+def memory_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The memory arguments as `k2lite.load` takes them. Raises RequestError."""
+    options: dict[str, Any] = {"ram": args.ram, "prefetch": not args.no_prefetch, "mirror": args.mirror}
+    if args.policy is not None:
+        options["policy"] = args.policy
+    if args.resident_experts is not None:
+        options["resident_experts"] = _share_or_count(args.resident_experts)
+    return options
+
+
+def _share_or_count(text: str) -> float:
+    from k2lite.quant.errors import RequestError
+
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise RequestError(f"--resident-experts is {text!r}; expected a share such as 0.2, or a number of experts")
 
 
 def add_eps_argument(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +106,13 @@ def load_engine(args: argparse.Namespace) -> Engine:
     if args.model is None:
         print("k2lite: no MODEL is named, so the demo model answers: a small Kimi-K2 of k2lite's own", file=sys.stderr)
     folder = args.model or DEMO_FOLDER
-    engine = load(folder, backend=args.backend, context=args.context, latent_norm_eps=args.latent_norm_eps)
+    engine = load(
+        folder,
+        backend=args.backend,
+        context=args.context,
+        latent_norm_eps=args.latent_norm_eps,
+        **memory_options(args),
+    )
     print(f"k2lite: {engine.placement}", file=sys.stderr)
     return engine
 
