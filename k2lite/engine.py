@@ -143,7 +143,8 @@ class Engine:
         return logits
 
     def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int | None = None) -> torch.Tensor:
-        """Take a prompt into a sequence in chunks (default: the planned size); float32 logits [vocab] of its last token."""
+        """Take a prompt into a sequence in chunks (default: the planned size); float32 logits [vocab] of its last
+        token."""
         self._check_chunk(Chunk(sequence, ids))
         chunk_tokens = self.placement.prefill_chunk_tokens if chunk_tokens is None else chunk_tokens
         if chunk_tokens < 1:

@@ -10,11 +10,11 @@ from pathlib import Path
 from k2lite.backends.base import Backend
 from k2lite.backends.registry import AUTO, open_backend
 from k2lite.offload.cache import ExpertCache
-from k2lite.offload.policies import DEFAULT_POLICY, POLICIES
+from k2lite.offload.policies import DEFAULT_POLICY, make_policy
 from k2lite.offload.slots import Arena
 from k2lite.offload.store import ExpertStore
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import CheckpointError, RequestError, TokenizerError
+from k2lite.quant.errors import CheckpointError, TokenizerError
 from k2lite.quant.quantization_config import parse_quantization_config
 
 from .byte_sizes import parse_bytes
@@ -63,8 +63,7 @@ def load(
     None of these five changes a token.
 
     Raises K2LiteError's children; see k2lite.errors."""
-    if policy not in POLICIES:
-        raise RequestError(f"policy {policy!r} is unknown; known: {', '.join(POLICIES)}")
+    make_policy(policy, [0], 1, 1)  # an unknown name is said before anything is read
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
     device = open_backend(backend) if isinstance(backend, str) else backend
@@ -102,13 +101,13 @@ def open_cache(
     config: ModelConfig, store: ExpertStore, placement: Placement, *, policy: str, prefetch: bool
 ) -> ExpertCache:
     """The experts of a planned model behind their arena."""
-    resident_slots = placement.slots - placement.ring_slots
+    layers = config.moe_layers or (0,)  # a model without experts has a cache that nobody asks
     return ExpertCache(
         store,
         Arena(placement.slots, placement.slot_bytes),
-        config.moe_layers,
+        layers,
         config.n_routed_experts,
-        policy=POLICIES[policy](config.moe_layers, config.n_routed_experts, resident_slots),
+        policy=make_policy(policy, layers, config.n_routed_experts, max(1, placement.slots - placement.ring_slots)),
         ring=placement.ring_slots,
         prefetch_width=PREFETCH_WIDTH if prefetch else 0,
     )

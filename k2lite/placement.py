@@ -118,7 +118,9 @@ def plan_placement(
     wanted = parts.experts if resident_experts is None else _wanted(resident_experts, parts.experts, fewest)
     slots = min(room, wanted)
     if slots < (fewest if resident_experts is None else wanted):
-        raise MemoryPlanError(_short(checkpoint, parts, transient, fewest if resident_experts is None else wanted, budget))
+        raise MemoryPlanError(
+            _short(checkpoint, parts, transient, fewest if resident_experts is None else wanted, budget)
+        )
     ring = 0 if slots == parts.experts else max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, slots // 8))
     capabilities = backend.capabilities()
     return Placement(

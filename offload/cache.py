@@ -68,7 +68,7 @@ class ExpertCache(ExpertSource):
         self.stats = RouterStats(layers, n_routed_experts)
         self.policy = policy
         self.arena = arena
-        self._store = store
+        self.store = store
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._layers = tuple(layers)
         self._table: dict[ExpertKey, Held] = {}
@@ -82,7 +82,7 @@ class ExpertCache(ExpertSource):
 
     @property
     def counters(self) -> SourceCounters:  # type: ignore[override]
-        self._counters.read_s = self._store.busy_s
+        self._counters.read_s = self.store.busy_s
         return self._counters
 
     @property
@@ -93,7 +93,7 @@ class ExpertCache(ExpertSource):
     # -- what the model calls ----------------------------------------------------------------------------------
 
     def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:
-        self.stats.observe(layer, ids, weights)
+        super().observe(layer, ids, weights)
         row = self._row[layer]
         if row == 0:
             self.governor.token_over()
@@ -125,7 +125,7 @@ class ExpertCache(ExpertSource):
             self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
 
     def close(self) -> None:
-        self._store.close()
+        self.store.close()
 
     # -- what a lease calls ------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class ExpertCache(ExpertSource):
         elif held.weights is not None and not held.in_ring:
             self._counters.hit_experts += 1
         if held.read is not None:
-            self._store.hasten(held.read)
+            self.store.hasten(held.read)
         self._pin(held)
         return held
 
@@ -232,7 +232,7 @@ class ExpertCache(ExpertSource):
     def _begin(self, key: ExpertKey, slot: int, *, in_ring: bool, is_guess: bool = False) -> Held:
         held = Held(key, slot, in_ring, is_guess=is_guess)
         try:
-            held.read = self._store.start(key, self.arena, slot, self._done.put, urgent=not is_guess)
+            held.read = self.store.start(key, self.arena, slot, self._done.put, urgent=not is_guess)
         except BaseException:
             self._return_slot(held)
             raise
@@ -286,7 +286,7 @@ class ExpertCache(ExpertSource):
         if held.read is not None:
             if not held.read.cancelled:
                 self._counters.prefetch.wasted += 1
-                self._store.cancel(held.read)
+                self.store.cancel(held.read)
             return
         self._counters.prefetch.wasted += 1
         self._counters.prefetch.wasted_bytes += self.arena.slot_bytes
@@ -312,6 +312,7 @@ class _Leased:
         self._layers = cache._layers
 
     def __contains__(self, item: object) -> bool:
-        row, expert = item  # type: ignore[misc]
-        held = self._table.get(ExpertKey(self._layers[row], expert))
+        if not isinstance(item, tuple):
+            return False
+        held = self._table.get(ExpertKey(self._layers[item[0]], item[1]))
         return held is not None and held.pins > 0

@@ -46,6 +46,7 @@ class CacheLease(Lease):
     def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:
         self._demand_open()
         here = [held for held in self._held.values() if held.weights is not None]
+        self._waiting = [held for held in self._waiting if held.weights is None]
         if here:
             yield from self._group(here)
         while self._waiting or self._todo:

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from k2lite.quant.errors import RequestError
+
 State = dict[str, npt.NDArray[np.float64]]
 
 
@@ -34,7 +36,7 @@ class Policy(Protocol):
     def restore(self, state: Mapping[str, npt.NDArray[np.float64]]) -> None: ...
 
 
-class Lru:
+class LeastRecentlyUsed:
     """The least recently used."""
 
     name = "lru"
@@ -66,5 +68,12 @@ class Lru:
         pass
 
 
-POLICIES: dict[str, type[Policy]] = {"lru": Lru}
+POLICIES: dict[str, type[Policy]] = {"lru": LeastRecentlyUsed}
 DEFAULT_POLICY = "lru"
+
+
+def make_policy(name: str, layers: Sequence[int], n_experts: int, slots: int) -> Policy:
+    """A policy for `slots` slots over all of `layers` together. Raises RequestError for an unknown name."""
+    if name not in POLICIES:
+        raise RequestError(f"policy {name!r} is unknown; there are {', '.join(POLICIES)}")
+    return POLICIES[name](layers, n_experts, slots)

@@ -7,7 +7,7 @@ above `ExpertCache` (cache.py), the one source there is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -16,6 +16,9 @@ import torch
 from k2lite.quant.types import ExpertWeights
 
 from .statistics import RouterStats
+
+# Hears (layer, ids int64 [T, K] ascending, weights float32 [T, K]) of every choice.
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
@@ -72,15 +75,18 @@ class ExpertSource(ABC):
 
     counters: SourceCounters
     stats: RouterStats
+    observers: tuple[Observer, ...] = ()  # who else wants to hear: a recording, for one
 
     @abstractmethod
     def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
         """Lease distinct `experts` of `layer`. `keep` are those that are worth keeping afterwards, None: all."""
 
-    @abstractmethod
-    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:
+    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:  # noqa: ARG002
         """A router's choice for a batch: ids int64 [T, K] ascending, weights float32 [T, K]. Comes before the lease.
-        What is to be kept is judged by the last `recent` rows (None: all)."""
+        In prefill a chunk is one batch. What is to be kept is judged by the last `recent` rows (None: all)."""
+        self.stats.observe(layer, ids, weights)
+        for observer in self.observers:
+            observer(layer, ids, weights)
 
     @abstractmethod
     def wants_hint(self, layer: int) -> bool:

@@ -2,8 +2,8 @@
 
 Invariant: an expert is reported as read only when every byte has come and, where the manifest has a checksum, the bytes
 are those that were written. An extent is read in pieces by several threads, so that one expert alone keeps a drive
-busy; with a mirror, pieces are shared between the two copies and a copy that fails is replaced by the other. Errors name
-file, layer and expert. Knows no policy.
+busy; with a mirror, pieces are shared between the two copies and a copy that fails is replaced by the other. Errors
+name file, layer and expert. Knows no policy.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Piece:
 
 
 class ExpertRead:
-    """One expert on its way into a slot. `weights` or `error` is set before `on_done` is called, in a reader's thread."""
+    """One expert on its way into a slot. `weights` or `error` is set when `on_done` is called, in a reader's thread;
+    neither if it was cancelled."""
 
     def __init__(self, key: ExpertKey, slot: int, on_done: Callable[[ExpertRead], None]) -> None:
         self.key = key
@@ -249,7 +250,9 @@ def check_mirror(checkpoint: Checkpoint, mirror: Path) -> None:
                 )
             same = _head(copy) == _head(shard.path)
         except OSError as error:
-            raise RequestError(f"{copy}: can't be read: {error.strerror or error}; a mirror holds the same files") from error
+            raise RequestError(
+                f"{copy}: can't be read: {error.strerror or error}; a mirror holds the same files"
+            ) from error
         if not same:
             raise RequestError(f"{copy}: its header is not that of {shard.path}; a mirror holds the same files")
 

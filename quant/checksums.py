@@ -1,8 +1,9 @@
 """Checksums of experts and trunk tensors: xxh3-64 of a piece's bytes, kept in k2lite_manifest.json.
 
-A piece is an expert ("layer 3, expert 17") or a trunk weight (its stored name without ".weight"). Its bytes are those of
-its matrices in order, each in its format's order of parts; weight_shape is no part of them, since every reader compares
-it with the config. The quantizer writes the manifest; `k2lite verify --write` makes one for a folder as downloaded.
+A piece is an expert ("layer 3, expert 17") or a trunk weight (its stored name without ".weight"). Its bytes are those
+of its matrices in order, each in its format's order of parts; weight_shape is no part of them, since every reader
+compares it with the config. The quantizer writes the manifest; `k2lite verify --write` makes one for a folder as
+downloaded.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def expert_extents(stored: Iterable[tuple[Path, TensorRecord]]) -> tuple[Extent,
 def _place(record: TensorRecord, path: Path, extents: Sequence[Extent]) -> PartView:
     for number, extent in enumerate(extents):
         at = record.offset - extent.offset
-        if extent.file == path and 0 <= at and at + record.nbytes <= extent.nbytes:
+        if extent.file == path and at >= 0 and at + record.nbytes <= extent.nbytes:
             return PartView(number, at, record.dtype, record.shape)
     raise ValueError(f"tensor {record.name} lies in no extent of its expert")
 

@@ -36,7 +36,9 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resident-experts", metavar="N", help="experts that have room in RAM: a share such as 0.2, or a number"
     )
-    parser.add_argument("--policy", metavar="NAME", help=f"which experts stay in RAM: {', '.join(POLICIES)} (default: {POLICIES[0]})")
+    parser.add_argument(
+        "--policy", metavar="NAME", help=f"which experts stay in RAM: {', '.join(POLICIES)} (default: {POLICIES[0]})"
+    )
     parser.add_argument("--no-prefetch", action="store_true", help="don't read experts ahead on the router's guess")
     parser.add_argument(
         "--mirror", type=Path, metavar="DIR", help="a copy of the weight files on another drive; reads are shared"

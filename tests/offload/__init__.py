@@ -1,0 +1,1 @@
+"""Where the bytes are: leases, the store, faults, prefetch."""
