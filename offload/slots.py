@@ -43,7 +43,8 @@ class Arena:
             raise ValueError(f"slots of {slot_bytes} bytes are no whole pages")
         self.slots = slots
         self.slot_bytes = slot_bytes
-        self._map = mmap.mmap(-1, max(slots * slot_bytes, PAGE_BYTES))
+        # private: Python's default is shared memory, which gives no page back and has no huge ones
+        self._map = mmap.mmap(-1, max(slots * slot_bytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE") and slot_bytes >= HUGE_PAGE_BYTES:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(self._map)

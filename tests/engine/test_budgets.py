@@ -60,7 +60,7 @@ def test_every_budget_gives_the_same_tokens(
         assert counters.requested_experts - counters.hit_experts <= counters.read_experts
         assert (counters.prefetch.issued > 0) == (prefetch != "off")
         assert counters.prefetch.useful + counters.prefetch.late <= counters.prefetch.issued
-        if prefetch == "on":
+        if prefetch == "on" and slots == MINIMUM:
             assert counters.prefetch.useful + counters.prefetch.late > counters.prefetch.wasted
 
 
