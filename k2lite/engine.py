@@ -20,6 +20,7 @@ from k2lite.quant.errors import ContextLengthError, RequestError
 from .batch import BatchRow
 from .config import ModelConfig
 from .kv_cache import LatentCache
+from .memory_guard import MemoryGuard
 from .model import Model
 from .placement import Placement
 from .sampling import SamplingParams, Token, sample
@@ -85,6 +86,7 @@ class Engine:
         experts: ExpertSource,
         placement: Placement,
         *,
+        guard: MemoryGuard,
         device: torch.device,
         stop_ids: frozenset[int],
         recommended_sampling: SamplingParams,
@@ -97,6 +99,7 @@ class Engine:
         self.stop_ids = stop_ids
         self.recommended_sampling = recommended_sampling
         self.tokenizer = tokenizer
+        self._guard = guard
         self._model = model
         self._device = device
 
@@ -140,6 +143,7 @@ class Engine:
         for chunk, row in zip(chunks, rows, strict=True):
             row.cache.advance(row.tokens)
             chunk.sequence.ids.extend(chunk.ids)
+        self._guard.check()
         return logits
 
     def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int | None = None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from .byte_sizes import parse_bytes
 from .config import ModelConfig, read_config
 from .engine import Engine
 from .generation_config import read_generation_config
+from .memory_guard import MemoryGuard
 from .model import Model
 from .placement import Placement, plan_placement
 from .text.tokenizer import load_tokenizer
@@ -90,6 +91,7 @@ def load(
         Model(config, trunk, experts, device),
         experts,
         placement,
+        guard=MemoryGuard(device.memory, experts, placement.slot_bytes),
         device=device.device,
         stop_ids=stop_ids,
         recommended_sampling=recommended,
@@ -109,5 +111,6 @@ def open_cache(
         config.n_routed_experts,
         policy=make_policy(policy, layers, config.n_routed_experts, max(1, placement.slots - placement.ring_slots)),
         ring=placement.ring_slots,
+        fewest=placement.ring_slots + config.num_experts_per_tok,
         prefetch_width=PREFETCH_WIDTH if prefetch else 0,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from k2lite.backends.base import Backend
+from k2lite.backends.base import Backend, Memory
 from k2lite.offload.slots import slot_bytes_for
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError, RequestError
@@ -77,6 +77,28 @@ class Placement:
         )
 
 
+@dataclass(frozen=True)
+class WeightBytes:
+    """What a plan must know of a model's weights: `where` they are, bytes of trunk and experts, `slot` of one expert's
+    room, and how many `experts` there are."""
+
+    where: str
+    trunk: int
+    experts_bytes: int
+    slot: int
+    experts: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, checkpoint: Checkpoint) -> WeightBytes:
+        return cls(
+            where=str(checkpoint.folder),
+            trunk=checkpoint.trunk_bytes,
+            experts_bytes=checkpoint.experts_bytes,
+            slot=slot_bytes_for(checkpoint),
+            experts=len(config.moe_layers) * config.n_routed_experts,
+        )
+
+
 def plan_placement(
     config: ModelConfig,
     checkpoint: Checkpoint,
@@ -86,70 +108,87 @@ def plan_placement(
     ram_bytes: int | None = None,
     resident_experts: float | None = None,
 ) -> Placement:
-    """Decide, or raise: ContextLengthError for a context the model was not made for, BackendError for a format the
-    backend can't multiply, RequestError for a number out of range, MemoryPlanError with the sum where memory is short.
+    """Decide for this machine, or raise: ContextLengthError for a context the model was not made for, BackendError for
+    a format the backend can't multiply, RequestError for a number out of range, MemoryPlanError with the sum where
+    memory is short.
 
     `ram_bytes` is what the process may take (default: what the machine can spare). `resident_experts` fixes the slots:
     a share of all experts (a float of at most 1) or their number (an int)."""
-    longest = config.max_position_embeddings
-    if context_tokens is not None and not 1 <= context_tokens <= longest:
-        raise ContextLengthError(f"context of {context_tokens} tokens asked for; this model takes 1 to {longest}")
-    context = min(DEFAULT_CONTEXT_TOKENS, longest) if context_tokens is None else context_tokens
+    context = planned_context(config, context_tokens)
     _demand_formats(checkpoint, backend)
     memory = backend.memory()
-    available = memory.available_bytes
-    if ram_bytes is not None and ram_bytes > available:
+    if ram_bytes is not None and ram_bytes > memory.available_bytes:
         raise MemoryPlanError(
-            f"--ram {gib(ram_bytes)} is more than the {gib(available)} of memory that is available; k2lite doesn't swap"
+            f"--ram {gib(ram_bytes)} is more than the {gib(memory.available_bytes)} of memory that is available; "
+            "k2lite doesn't swap"
         )
-    budget = max(0, available - int(SPARE_SHARE * memory.total_bytes)) if ram_bytes is None else ram_bytes
-    parts = _Parts(
-        trunk=checkpoint.trunk_bytes,
-        kv=LatentCache.nbytes_for(config, context),
+    return plan_memory(
+        config,
+        WeightBytes.of(config, checkpoint),
+        backend.name,
+        backend.capabilities().arithmetic,
         context=context,
-        slot=slot_bytes_for(checkpoint),
-        experts=len(config.moe_layers) * config.n_routed_experts,
+        budget=spare_bytes(memory) if ram_bytes is None else ram_bytes,
+        resident_experts=resident_experts,
     )
-    fewest = min(config.num_experts_per_tok + 1, parts.experts)
-    chunk = _chunk_tokens(config, parts, fewest, budget)
+
+
+def spare_bytes(memory: Memory) -> int:
+    """What k2lite takes unasked: what is available, but for a little."""
+    return max(0, memory.available_bytes - int(SPARE_SHARE * memory.total_bytes))
+
+
+def planned_context(config: ModelConfig, tokens: int | None) -> int:
+    """The context in tokens. Raises ContextLengthError for one that the model was not made for."""
+    longest = config.max_position_embeddings
+    if tokens is not None and not 1 <= tokens <= longest:
+        raise ContextLengthError(f"context of {tokens} tokens asked for; this model takes 1 to {longest}")
+    return min(DEFAULT_CONTEXT_TOKENS, longest) if tokens is None else tokens
+
+
+def plan_memory(
+    config: ModelConfig,
+    weights: WeightBytes,
+    backend: str,
+    arithmetic: str,
+    *,
+    context: int,
+    budget: int,
+    resident_experts: float | None = None,
+) -> Placement:
+    """Share `budget` bytes: what must be there first, experts in what is left. Raises RequestError, MemoryPlanError."""
+    kv = LatentCache.nbytes_for(config, context)
+    fewest = min(config.num_experts_per_tok + 1, weights.experts)
+    chunk = _chunk_tokens(config, context, budget - weights.trunk - kv - HEADROOM_BYTES - fewest * weights.slot)
     transient = transient_bytes(config, chunk)
-    fixed = parts.trunk + parts.kv + transient + HEADROOM_BYTES
-    room = max(0, budget - fixed) // parts.slot
-    wanted = parts.experts if resident_experts is None else _wanted(resident_experts, parts.experts, fewest)
-    slots = min(room, wanted)
-    if slots < (fewest if resident_experts is None else wanted):
+    room = max(0, budget - weights.trunk - kv - transient - HEADROOM_BYTES) // weights.slot
+    fixed = None if resident_experts is None else _wanted(resident_experts, weights.experts, fewest)
+    least = fewest if fixed is None else fixed
+    if room < least:
+        needed = weights.trunk + kv + transient + HEADROOM_BYTES + least * weights.slot
         raise MemoryPlanError(
-            _short(checkpoint, parts, transient, fewest if resident_experts is None else wanted, budget)
+            f"{weights.where}: trunk {gib(weights.trunk)} + KV for {context} tokens {gib(kv)} + a step "
+            f"{gib(transient)} + headroom {gib(HEADROOM_BYTES)} + {least} experts {gib(least * weights.slot)} = "
+            f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
         )
-    ring = 0 if slots == parts.experts else max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, slots // 8))
-    capabilities = backend.capabilities()
+    slots = min(room, weights.experts) if fixed is None else fixed
+    ring = max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, slots // 8))
     return Placement(
-        backend=backend.name,
-        arithmetic=capabilities.arithmetic,
+        backend=backend,
+        arithmetic=arithmetic,
         context_tokens=context,
         prefill_chunk_tokens=chunk,
-        trunk_bytes=parts.trunk,
-        experts_bytes=checkpoint.experts_bytes,
-        kv_bytes=parts.kv,
+        trunk_bytes=weights.trunk,
+        experts_bytes=weights.experts_bytes,
+        kv_bytes=kv,
         transient_bytes=transient,
         headroom_bytes=HEADROOM_BYTES,
-        experts=parts.experts,
+        experts=weights.experts,
         slots=slots,
-        ring_slots=ring,
-        slot_bytes=parts.slot,
+        ring_slots=0 if slots == weights.experts else ring,
+        slot_bytes=weights.slot,
         budget_bytes=budget,
     )
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Bytes of what the plan is made of; `slot` of one expert, `experts` how many there are."""
-
-    trunk: int
-    kv: int
-    context: int
-    slot: int
-    experts: int
 
 
 def transient_bytes(config: ModelConfig, tokens: int) -> int:
@@ -160,14 +199,13 @@ def transient_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * tokens * ((active + 6) * config.hidden_size + 3 * ffn + 2 * heads)
 
 
-def _chunk_tokens(config: ModelConfig, parts: _Parts, fewest: int, budget: int) -> int:
+def _chunk_tokens(config: ModelConfig, context: int, left: int) -> int:
     """The largest chunk of a prompt, a power of two: each chunk reads most experts once, so fewer chunks are faster,
-    but beyond an easy size it may take an eighth of what is left beside the trunk at most."""
-    left = budget - parts.trunk - parts.kv - HEADROOM_BYTES - fewest * parts.slot
+    but beyond an easy size it may take an eighth of the `left` bytes at most."""
     chunk = MAX_CHUNK_TOKENS
     while chunk > 1:
         takes = transient_bytes(config, chunk)
-        if chunk < 2 * parts.context and takes <= left and (chunk <= EASY_CHUNK_TOKENS or takes <= left / 8):
+        if chunk < 2 * context and takes <= left and (chunk <= EASY_CHUNK_TOKENS or takes <= left / 8):
             return chunk
         chunk //= 2
     return chunk
@@ -195,15 +233,6 @@ def _demand_formats(checkpoint: Checkpoint, backend: Backend) -> None:
             f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
             f"it takes {', '.join(sorted(capabilities.formats))}"
         )
-
-
-def _short(checkpoint: Checkpoint, parts: _Parts, transient: int, slots: int, budget: int) -> str:
-    needed = parts.trunk + parts.kv + transient + HEADROOM_BYTES + slots * parts.slot
-    return (
-        f"{checkpoint.folder}: trunk {gib(parts.trunk)} + KV for {parts.context} tokens {gib(parts.kv)} + a step "
-        f"{gib(transient)} + headroom {gib(HEADROOM_BYTES)} + {slots} experts {gib(slots * parts.slot)} = "
-        f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
-    )
 
 
 def gib(nbytes: int) -> str:

@@ -52,7 +52,7 @@ class Held:
 # * A failed read raises in the thread that leases, naming file, layer and expert; the cache stays usable.
 # * Each expert asked for is counted once.
 class ExpertCache(ExpertSource):
-    """Experts of `layers` in an arena of which the last `ring` slots are the ring."""
+    """Experts of `layers` in an arena of which the last `ring` slots are the ring. `shrink` leaves `fewest` slots."""
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class ExpertCache(ExpertSource):
         *,
         policy: Policy,
         ring: int,
+        fewest: int = 1,
         prefetch_width: int = 0,
     ) -> None:
         self.stats = RouterStats(layers, n_routed_experts)
@@ -74,6 +75,7 @@ class ExpertCache(ExpertSource):
         self._table: dict[ExpertKey, Held] = {}
         self._free = list(range(arena.slots - ring))[::-1]
         self._ring = list(range(arena.slots - ring, arena.slots))[::-1]
+        self._slots_left, self._fewest = arena.slots, fewest
         self._residents = self._pinned_residents = self._reading = 0
         self._done: queue.SimpleQueue[ExpertRead] = queue.SimpleQueue()
         self._counters = SourceCounters()
@@ -123,6 +125,21 @@ class ExpertCache(ExpertSource):
             left -= 1
             self._counters.prefetch.issued += 1
             self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
+
+    def shrink(self, slots: int) -> int:
+        self.collect()
+        done = 0
+        while done < slots and self._slots_left > self._fewest:
+            if self._free:
+                slot = self._free.pop()
+            elif self._residents > self._pinned_residents:
+                slot = self._evict(self.policy.victim(self._leased))
+            else:
+                break
+            self.arena.give_back(slot)
+            self._slots_left -= 1
+            done += 1
+        return done
 
     def close(self) -> None:
         self.store.close()

@@ -97,5 +97,9 @@ class ExpertSource(ABC):
         """Guesses of what `layer` will use next, best first."""
 
     @abstractmethod
+    def shrink(self, slots: int) -> int:
+        """Give the memory of up to so many experts back to the system for good; of how many it was given back."""
+
+    @abstractmethod
     def close(self) -> None:
         """End the reading threads and close the files. Of no use afterwards."""

@@ -74,7 +74,9 @@ def open_cache(
 ) -> ExpertCache:
     config, checkpoint = open_model(folder)
     checkpoint.raise_for_problems()
-    store = ExpertStore(checkpoint, mirror=mirror, files=files or DirectFiles(SAID.append), say=SAID.append, threads=threads)
+    store = ExpertStore(
+        checkpoint, mirror=mirror, files=files or DirectFiles(SAID.append), say=SAID.append, threads=threads
+    )
     return ExpertCache(
         store,
         Arena(slots, slot_bytes_for(checkpoint)),

@@ -223,9 +223,13 @@ def test_a_failed_read_raises_where_it_is_leased_and_the_cache_goes_on(tiny_fold
     files = FaultyFiles(io_error)
     cache = open_cache(tiny_folder, 5, ring=1, files=files)
     for _ in range(3):
-        with pytest.raises(CheckpointError, match=r"safetensors: layer 2, expert [0-7] can't be read: Input/output error"):
-            with cache.lease(2, list(range(8))) as lease:
-                take_all(lease)
+        with (
+            pytest.raises(
+                CheckpointError, match=r"safetensors: layer 2, expert [0-7] can't be read: Input/output error"
+            ),
+            cache.lease(2, list(range(8))) as lease,
+        ):
+            take_all(lease)
         settled(cache)
     files.fault = None
     with cache.lease(2, [1, 2]) as lease:

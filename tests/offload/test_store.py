@@ -84,9 +84,13 @@ def test_a_truncated_shard_names_file_layer_and_expert(tiny_folder: Path, tmp_pa
     cache = open_cache(tmp_path / "model", 4, ring=1)
     for shard in (tmp_path / "model").glob("*.safetensors"):
         os.truncate(shard, shard.stat().st_size // 8)
-    with pytest.raises(CheckpointError, match=r"\.safetensors: layer 2, expert \d can't be read: found \d+ of \d+ bytes"):
-        with cache.lease(2, list(range(8))) as lease:
-            take_all(lease)
+    with (
+        pytest.raises(
+            CheckpointError, match=r"\.safetensors: layer 2, expert \d can't be read: found \d+ of \d+ bytes"
+        ),
+        cache.lease(2, list(range(8))) as lease,
+    ):
+        take_all(lease)
     settled(cache)
 
 
@@ -256,7 +260,9 @@ def test_nothing_leaks_over_many_faults(tiny_folder: Path, stored: Stored, tmp_p
             cache.hint(layer, torch.randperm(8, generator=state).tolist()[:2])
             keep = None if draw(2) else [0, 1]
             try:
-                with cache.lease(layer, sorted(torch.randperm(8, generator=state).tolist()[: 1 + draw(8)]), keep) as lease:
+                with cache.lease(
+                    layer, sorted(torch.randperm(8, generator=state).tolist()[: 1 + draw(8)]), keep
+                ) as lease:
                     for group in lease.ready():
                         demand_right(layer, group, stored)
                         if not draw(4):
