@@ -17,9 +17,9 @@ from k2lite import __version__
 
 from .errors import one_line
 from .quant.errors import K2LiteError
-from .verbs import chat, demo, eval, info, plan, quantize, run
+from .verbs import bench, chat, demo, eval, info, plan, quantize, run, verify
 
-VERBS = (info, plan, run, chat, quantize, eval, demo)
+VERBS = (info, plan, run, chat, quantize, verify, eval, bench, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -128,7 +128,8 @@ def as_text(name: str, facts: dict[str, Any]) -> str:
         f"{name} on {machine['name']}: memory {gib(machine['memory_bytes'])} at {machine['memory'] / 1e9:.1f} GB/s, "
         f"drive {machine['drive'] / 1e9:.2f} GB/s",
         f"  trunk       {gib(size['trunk'])} in {trunk_at}, KV for {size['context_tokens']} tokens {gib(size['kv'])}",
-        f"  experts     {gib(size['experts_all'])}: {size['slots']} of {size['experts']} in RAM ({gib(size['arena'])}), "
+        f"  experts     {gib(size['experts_all'])}: {size['slots']} of {size['experts']} in RAM "
+        f"({gib(size['arena'])}), "
         + (f"{gib(size['experts_on_device'])} on the accelerator, " if machine["device_bytes"] else "")
         + f"{gib(size['drive'])} on the drive only",
         f"  besides     a step {gib(size['step'])} (prompts in chunks of {facts['chunk_tokens']} tokens), "
@@ -139,8 +140,8 @@ def as_text(name: str, facts: dict[str, Any]) -> str:
     lines.append("  decode      tok/s       hit rate   from the drive a token   nothing overlaps .. everything")
     for curve, found in facts["decode"].items():
         lines.append(
-            f"    {curve:<8}  {found['best']:8.2f}    {found['hit_rate']:7.1%}    {found['missing_bytes'] / 1e9:10.2f} GB"
-            f"            {found['serial']:8.2f} .. {found['perfect']:.2f}"
+            f"    {curve:<8}  {found['best']:8.2f}    {found['hit_rate']:7.1%}    "
+            f"{found['missing_bytes'] / 1e9:10.2f} GB            {found['serial']:8.2f} .. {found['perfect']:.2f}"
         )
     prefill = ", ".join(f"{tokens} tokens {rate:.1f}" for tokens, rate in facts["prefill_tok_s"].items())
     lines.append(f"  prefill     tok/s for a prompt of {prefill}")

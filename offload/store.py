@@ -148,10 +148,29 @@ class ExpertStore:
             return
         if read.error is None and not read.cancelled and layout is not None and arena is not None:
             try:
-                read.weights = checked_views(layout, arena, read.slot)
+                read.weights = self._checked(layout, arena, read.slot)
             except Exception as failure:
                 read.error = failure
         read.on_done(read)
+
+    def _checked(self, layout: ExpertLayout, arena: Arena, slot: int) -> ExpertWeights:
+        try:
+            return checked_views(layout, arena, slot)
+        except CheckpointError as error:
+            if self._mirror is None:
+                raise
+            # its pieces came from both copies, and one of them is wrong
+            for folder in (layout.extents[0].file.parent, self._mirror):
+                try:
+                    for piece in read_pieces(layout.extents):
+                        view = arena.memory(slot)[piece.at : piece.at + piece.nbytes]
+                        read_whole(self.files, folder / piece.file.name, piece, view)
+                    weights = checked_views(layout, arena, slot)
+                except (OSError, ShortReadError, CheckpointError):
+                    continue
+                self._say(f"{error}; {folder} holds the right bytes")
+                return weights
+            raise
 
     def _read(self, piece: Piece, view: memoryview, key: ExpertKey) -> None:
         problems: list[str] = []

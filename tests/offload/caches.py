@@ -42,19 +42,19 @@ class Gate:
     def __init__(self) -> None:
         self.opened = threading.Event()
 
-    def __call__(self, path: Path, offset: int) -> None:
+    def __call__(self, _path: Path, _offset: int) -> None:
         if not self.opened.wait(20):
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
 
 
-def io_error(path: Path, offset: int) -> None:
+def io_error(_path: Path, _offset: int) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def random_delays(seed: int, most_s: float = 0.002) -> Callable[[Path, int], None]:
     drawn, lock = random.Random(seed), threading.Lock()
 
-    def wait(path: Path, offset: int) -> None:
+    def wait(_path: Path, _offset: int) -> None:
         with lock:
             seconds = drawn.random() * most_s
         time.sleep(seconds)

@@ -96,7 +96,7 @@ def test_every_expert_comes_once_and_resident_ones_first(cache: ExpertCache) -> 
 def test_the_rest_comes_in_the_order_of_arrival(tiny_folder: Path) -> None:
     first = {1: 0}
 
-    def delay_expert_1(path: Path, offset: int) -> None:
+    def delay_expert_1(_path: Path, offset: int) -> None:
         if first.setdefault(offset, len(first)) == 1:
             time.sleep(0.2)
 

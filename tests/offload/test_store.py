@@ -18,7 +18,7 @@ from k2lite.errors import CheckpointError, RequestError
 from k2lite.offload.direct_files import PAGE_BYTES, DirectFiles
 from k2lite.offload.slots import Arena, rounded_out
 from k2lite.offload.store import READ_BYTES, read_pieces
-from k2lite.quant.checksums import MANIFEST_NAME
+from k2lite.quant.checksums import MANIFEST_NAME, read_checksums
 from k2lite.quant.types import ExpertKey, Extent
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 from tests.offload.caches import SAID, FaultyFiles, io_error, open_cache, random_delays
@@ -111,7 +111,9 @@ def manifest_for(folder: Path) -> None:
     (folder / MANIFEST_NAME).write_text(json.dumps({"version": 1, "pieces": pieces}))
 
 
-def test_a_flipped_byte_under_a_manifest_never_becomes_a_weight(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_under_a_manifest_never_becomes_a_weight(
+    tiny_folder: Path, stored: Stored, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)
     manifest_for(folder)
@@ -126,12 +128,23 @@ def test_a_flipped_byte_under_a_manifest_never_becomes_a_weight(tiny_folder: Pat
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
     cache = open_cache(folder, 4, ring=1)
-    with pytest.raises(CheckpointError, match=r"safetensors: layer 2, expert 6: the checksum is \w+ and .* damaged"):
-        with cache.lease(2, [6]) as lease:
-            take_all(lease)
+    with (
+        pytest.raises(CheckpointError, match=r"safetensors: layer 2, expert 6: the checksum is \w+ and .* damaged"),
+        cache.lease(2, [6]) as lease,
+    ):
+        take_all(lease)
     with cache.lease(2, [5]) as lease:
         assert list(take_all(lease)) == [5]
     settled(cache)
+    # with a mirror the right copy is found, whichever it is
+    for model, mirror in ((folder, tiny_folder), (tiny_folder, folder)):
+        SAID.clear()
+        cache = open_cache(model, 4, ring=1, mirror=mirror)
+        cache.store.checkpoint.checksums = read_checksums(folder)
+        with cache.lease(2, list(range(8))) as lease:
+            for group in lease.ready():
+                demand_right(2, group, stored)
+        assert all(text.endswith(f"{tiny_folder} holds the right bytes") for text in SAID)
 
 
 def test_a_mirror_shares_the_reads_and_replaces_a_drive_that_fails(
@@ -160,9 +173,11 @@ def test_a_mirror_shares_the_reads_and_replaces_a_drive_that_fails(
         assert any(path.parent == other for path, _ in files.reads)
 
     cache = open_cache(tiny_folder, 4, ring=1, mirror=mirror, files=FaultyFiles(io_error))
-    with pytest.raises(CheckpointError, match=rf"{tiny_folder.name}.*layer 1, expert 0.*; .*copy.*layer 1, expert 0"):
-        with cache.lease(1, [0]) as lease:
-            take_all(lease)
+    with (
+        pytest.raises(CheckpointError, match=rf"{tiny_folder.name}.*layer 1, expert 0.*; .*copy.*layer 1, expert 0"),
+        cache.lease(1, [0]) as lease,
+    ):
+        take_all(lease)
 
 
 def test_a_mirror_that_is_no_copy_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -276,6 +291,7 @@ def test_nothing_leaks_over_many_faults(tiny_folder: Path, stored: Stored, tmp_p
         assert len(threads()) == before
         assert len(open_files(tiny_folder)) <= 4
         files.fault = None
+        settled(cache)
         for layer in (1, 2):
             with cache.lease(layer, list(range(8))) as lease:
                 for group in lease.ready():
