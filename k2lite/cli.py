@@ -17,9 +17,9 @@ from k2lite import __version__
 
 from .errors import one_line
 from .quant.errors import K2LiteError
-from .verbs import bench, chat, demo, eval, info, plan, quantize, run, verify
+from .verbs import bench, chat, demo, eval, info, plan, quantize, replay, run, stats, trace, verify
 
-VERBS = (info, plan, run, chat, quantize, verify, eval, bench, demo)
+VERBS = (info, plan, run, chat, quantize, verify, eval, bench, trace, replay, stats, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 

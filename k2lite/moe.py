@@ -19,7 +19,7 @@ from .weights import MoeWeights
 
 # A step of more tokens is a prompt: its experts pass through, and those of its last tokens are kept.
 DECODE_TOKENS = 16
-RECENT_TOKENS = 4
+RECENT_TOKENS = 2
 
 
 def routing_rule(config: ModelConfig) -> RoutingRule:

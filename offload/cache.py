@@ -20,10 +20,14 @@ from k2lite.quant.types import ExpertKey, ExpertWeights
 from .governor import PrefetchGovernor
 from .lease import CacheLease
 from .policies import Policy
+from .predictor import Predictor
 from .slots import Arena
 from .source import ExpertSource, Lease, SourceCounters
 from .statistics import RouterStats
 from .store import ExpertRead, ExpertStore
+
+# A guess that is wrong more often than not costs more than it hides.
+MIN_CHANCE = 0.5
 
 
 @dataclass(eq=False)
@@ -68,6 +72,7 @@ class ExpertCache(ExpertSource):
     ) -> None:
         self.stats = RouterStats(layers, n_routed_experts)
         self.policy = policy
+        self.predictor = Predictor(self.stats)
         self.arena = arena
         self.store = store
         self._row = {layer: row for row, layer in enumerate(layers)}
@@ -81,6 +86,7 @@ class ExpertCache(ExpertSource):
         self._counters = SourceCounters()
         self.governor = PrefetchGovernor(min(prefetch_width, ring), self._counters.prefetch)
         self._leased = _Leased(self)
+        self._last: tuple[int, list[int]] | None = None  # the row that was observed last in decode, and its choice
 
     @property
     def counters(self) -> SourceCounters:  # type: ignore[override]
@@ -100,7 +106,11 @@ class ExpertCache(ExpertSource):
         if row == 0:
             self.governor.token_over()
         rows = ids if recent is None else ids[-recent:]
-        self.policy.observe(row, torch.unique(rows).tolist())
+        chosen = torch.unique(rows).tolist()
+        self.policy.observe(row, chosen)
+        if recent is None:
+            self.predictor.observe(row, chosen)
+        self._last = (row, chosen) if recent is None else None
 
     def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
         keys = [ExpertKey(layer, expert) for expert in experts]
@@ -108,23 +118,18 @@ class ExpertCache(ExpertSource):
             raise ValueError(f"layer {layer}: an expert is asked for twice in one lease: {sorted(experts)}")
         self._counters.requested_experts += len(keys)
         self.collect()
-        return CacheLease(self, keys, None if keep is None else {ExpertKey(layer, expert) for expert in keep})
+        lease = CacheLease(self, keys, None if keep is None else {ExpertKey(layer, expert) for expert in keep})
+        if self._last is not None and self._last[0] == len(self._layers) - 1 and self.wants_hint(self._layers[0]):
+            self._read_ahead(0, None, None)  # no router can say what the next token's first layer will use
+        return lease
 
     def wants_hint(self, layer: int) -> bool:
         return layer in self._row and self.governor.width > 0
 
     def hint(self, layer: int, ranked: Sequence[int]) -> None:
-        self.collect()
-        left = self.governor.width
-        for expert in ranked:
-            key = ExpertKey(layer, expert)
-            if not left or not self._ring:
-                return
-            if key in self._table:
-                continue
-            left -= 1
-            self._counters.prefetch.issued += 1
-            self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
+        row = self._row[layer]
+        before = self._last[1] if self._last is not None and self._last[0] == row - 1 else None
+        self._read_ahead(row, before, ranked)
 
     def shrink(self, slots: int) -> int:
         self.collect()
@@ -164,15 +169,12 @@ class ExpertCache(ExpertSource):
         self._pin(held)
         return held
 
-    def fetch(self, key: ExpertKey, *, keep: bool, selective: bool) -> Held | None:
-        """Lease an expert that has no slot: begin to read it. None if no slot is to be had now. `selective`: keep it
-        only if the policy likes it better than what it would displace."""
+    def fetch(self, key: ExpertKey, *, keep: bool) -> Held | None:
+        """Lease an expert that has no slot: begin to read it. None if no slot is to be had now."""
         if self._free:
             return self._pinned_read(key, self._free.pop(), in_ring=False)
         if keep and self._residents > self._pinned_residents:
-            victim = self.policy.victim(self._leased)
-            if not selective or self.policy.prefers(self._row[key.layer], key.expert, victim):
-                return self._pinned_read(key, self._evict(victim), in_ring=False)
+            return self._pinned_read(key, self._evict(self.policy.victim(self._leased)), in_ring=False)
         if not self._ring:
             self._drop_guesses()
         if self._ring:
@@ -182,7 +184,7 @@ class ExpertCache(ExpertSource):
             return self._pinned_read(key, self._evict(self.policy.victim(self._leased)), in_ring=False)
         return None
 
-    def keep(self, held: Held, *, selective: bool) -> None:
+    def keep(self, held: Held) -> None:
         """A leased expert that came into the ring (it was a guess) becomes resident: it changes places with a free
         slot or a victim, if there is one."""
         if not held.in_ring or held.weights is None:
@@ -190,10 +192,7 @@ class ExpertCache(ExpertSource):
         if self._free:
             self._ring.append(self._free.pop())
         elif self._residents > self._pinned_residents:
-            victim = self.policy.victim(self._leased)
-            if selective and not self.policy.prefers(self._row[held.key.layer], held.key.expert, victim):
-                return
-            self._ring.append(self._evict(victim))
+            self._ring.append(self._evict(self.policy.victim(self._leased)))
         else:
             return
         held.in_ring = False
@@ -240,6 +239,20 @@ class ExpertCache(ExpertSource):
         )
 
     # -- bookkeeping -------------------------------------------------------------------------------------------
+
+    def _read_ahead(self, row: int, before: Sequence[int] | None, ranked: Sequence[int] | None) -> None:
+        """Begin to read the likeliest experts of a layer into free places of the ring."""
+        self.collect()
+        left = self.governor.width
+        for expert, chance in self.predictor.guesses(row, before, ranked):
+            if not left or not self._ring or chance < MIN_CHANCE:
+                return
+            key = ExpertKey(self._layers[row], expert)
+            if key in self._table:
+                continue
+            left -= 1
+            self._counters.prefetch.issued += 1
+            self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
 
     def _pinned_read(self, key: ExpertKey, slot: int, *, in_ring: bool) -> Held:
         held = self._begin(key, slot, in_ring=in_ring)

@@ -80,7 +80,7 @@ class CacheLease(Lease):
     def _group(self, members: Sequence[Held]) -> Iterator[Mapping[int, ExpertWeights]]:
         for held in members:
             if self._keeps(held.key):
-                self._cache.keep(held, selective=self._keep is not None)
+                self._cache.keep(held)
         yield {held.key.expert: held.weights for held in members if held.weights is not None}
         if not self._released and self._in_waves:
             self._give_back([held for held in members if held.in_ring])
@@ -90,7 +90,7 @@ class CacheLease(Lease):
             key = self._todo[0]
             # a read that another lease began is waited for like one's own
             held = self._cache.pin(key)
-            held = held or self._cache.fetch(key, keep=self._keeps(key), selective=self._keep is not None)
+            held = held or self._cache.fetch(key, keep=self._keeps(key))
             if held is None:
                 return
             self._todo.popleft()

@@ -7,12 +7,32 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .errors import CheckpointError, RequestError
 
 PARTIAL = ".partial"
+
+
+def replace_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file that someone named, replacing what has its name. Raises RequestError where it can't be written,
+    for want of room too; what was there before then stays, and nothing partial is left."""
+    partial = path.with_name(f".{path.name}{PARTIAL}-{os.getpid()}")
+    try:
+        try:
+            with partial.open("wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync(path.absolute().parent)
+    except OSError as error:
+        raise RequestError(f"{path}: can't be written: {error.strerror or error}") from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from k2lite.sampling import SamplingParams
 
 # As in offload/policies.py, which needs numpy; a test compares them. The first is the default.
-POLICIES = ("lru",)
+POLICIES = ("hazard", "cyclic", "lru", "lfu", "lfru", "static")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,1 +1,1 @@
-"""Where the bytes are: leases, the store, faults, prefetch."""
+"""Where the experts are and who leaves: policies, traces, replay, statistics."""

@@ -71,6 +71,7 @@ def open_cache(
     prefetch_width: int = 0,
     mirror: Path | None = None,
     threads: int = 4,
+    policy: str = "lru",
 ) -> ExpertCache:
     config, checkpoint = open_model(folder)
     checkpoint.raise_for_problems()
@@ -82,7 +83,7 @@ def open_cache(
         Arena(slots, slot_bytes_for(checkpoint)),
         config.moe_layers,
         config.n_routed_experts,
-        policy=make_policy("lru", config.moe_layers, config.n_routed_experts, max(1, slots - ring)),
+        policy=make_policy(policy, config.moe_layers, config.n_routed_experts, max(1, slots - ring)),
         ring=ring,
         prefetch_width=prefetch_width,
     )
