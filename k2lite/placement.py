@@ -22,8 +22,8 @@ DEFAULT_CONTEXT_TOKENS = 32 * 1024
 HEADROOM_BYTES = 1 << 30
 # Without --ram this share of the machine's memory stays free for others.
 SPARE_SHARE = 0.03
-# Slots for experts that only pass through; eight hold enough reads under way to keep a drive busy.
-RING_SLOTS = 8
+# Slots for experts that only pass through: enough reads under way to keep a drive busy, also between two layers.
+RING_SLOTS, RING_SHARE = 16, 1 / 24
 MAX_CHUNK_TOKENS, EASY_CHUNK_TOKENS = 4096, 32
 
 
@@ -172,7 +172,7 @@ def plan_memory(
             f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
         )
     slots = min(room, weights.experts) if fixed is None else fixed
-    ring = max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, slots // 8))
+    ring = max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, int(RING_SHARE * slots)))
     return Placement(
         backend=backend,
         arithmetic=arithmetic,

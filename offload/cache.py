@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from k2lite.quant.types import ExpertKey, ExpertWeights
@@ -208,6 +209,19 @@ class ExpertCache(ExpertSource):
         if held.in_ring and held.weights is not None:
             self._drop(held)
 
+    def read_on(self, layer: int, asked: int) -> None:
+        """A prompt has nothing left to ask of `layer`, of whose experts it used `asked`: of the next layer it will use
+        as large a share, so the drive goes on there while this layer computes."""
+        row, n_experts = self._row[layer] + 1, self.stats.counts.shape[1]
+        if row == len(self._layers) or asked < MIN_CHANCE * n_experts or not self.governor.allows_any:
+            return
+        for expert in np.argsort(-self.stats.counts[row], kind="stable").tolist():
+            if not self._ring:
+                return
+            key = ExpertKey(self._layers[row], expert)
+            if key not in self._table:
+                self._guess(key)
+
     def settle(self, layer: int) -> None:
         """The layer's experts are known now: guesses that were wrong make room."""
         for held in [held for held in self._table.values() if held.is_guess and held.key.layer == layer]:
@@ -251,8 +265,11 @@ class ExpertCache(ExpertSource):
             if key in self._table:
                 continue
             left -= 1
-            self._counters.prefetch.issued += 1
-            self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
+            self._guess(key)
+
+    def _guess(self, key: ExpertKey) -> None:
+        self._counters.prefetch.issued += 1
+        self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
 
     def _pinned_read(self, key: ExpertKey, slot: int, *, in_ring: bool) -> Held:
         held = self._begin(key, slot, in_ring=in_ring)

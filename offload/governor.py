@@ -24,6 +24,11 @@ class PrefetchGovernor:
         self._tokens = 0
         self._issued = self._used = 0
 
+    @property
+    def allows_any(self) -> bool:
+        """Whether reading ahead was asked for at all."""
+        return self._most > 0
+
     def token_over(self) -> None:
         """Called once a token."""
         self._tokens += 1

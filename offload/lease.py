@@ -24,6 +24,7 @@ class CacheLease(Lease):
     def __init__(self, cache: ExpertCache, keys: Sequence[ExpertKey], keep: Collection[ExpertKey] | None) -> None:
         self._cache = cache
         self._keep = keep
+        self._asked = len(keys)
         self._held: dict[ExpertKey, Held] = {}
         self._released = False
         self._todo: deque[ExpertKey] = deque()
@@ -78,6 +79,8 @@ class CacheLease(Lease):
         self._todo.clear()
 
     def _group(self, members: Sequence[Held]) -> Iterator[Mapping[int, ExpertWeights]]:
+        if self._keep is not None and not self._todo:
+            self._cache.read_on(members[0].key.layer, self._asked)
         for held in members:
             if self._keeps(held.key):
                 self._cache.keep(held)

@@ -110,10 +110,10 @@ class Checkpoint:
         if module is None or module.format is None:
             raise self._unusable(f"tensor {self.schema.prefix}{name}")
         parts = {suffix: self._read(*stored) for suffix, stored in module.parts.items()}
-        where = f"{next(iter(module.parts.values()))[0]}: tensor {self.schema.prefix}{name}"
-        check_weight_shape(parts, module.shape, where)
+        check_weight_shape(parts, module.shape, f"{self.folder}: {self.schema.prefix}{name}")
         tensor = QuantTensor(module.format, module.shape, parts)
-        demand_checksum(self.checksums.get(self.trunk_piece(name)), [tensor], where)
+        file = next(iter(module.parts.values()))[0]
+        demand_checksum(self.checksums.get(self.trunk_piece(name)), [tensor], f"{file}: {self.schema.prefix}{name}")
         return tensor
 
     def trunk_piece(self, name: str) -> str:

@@ -166,6 +166,28 @@ def test_a_prompt_leaves_the_decode_set_alone(tiny_folder: Path) -> None:
     assert len(settled(cache)._table) == 4
 
 
+def test_between_two_layers_of_a_prompt_the_drive_goes_on(tiny_folder: Path, stored: Stored) -> None:
+    cache = open_cache(tiny_folder, 7, ring=3, prefetch_width=1)
+    with cache.lease(1, list(range(8)), []) as lease:
+        take_all(lease)
+    while cache.is_reading:
+        cache.collect(wait=True)
+    issued = cache.counters.prefetch.issued
+    assert 1 <= issued <= 3
+    with cache.lease(2, list(range(8)), []) as lease:
+        seen = []
+        for group in lease.ready():
+            demand_right(2, group, stored)
+            seen += list(group)
+    assert sorted(seen) == list(range(8))
+    assert (cache.counters.prefetch.useful, cache.counters.prefetch.issued) == (issued, issued)  # no layer follows
+    with cache.lease(1, [0, 1], []) as lease:  # too few to expect the same of the next
+        take_all(lease)
+    assert cache.counters.prefetch.issued == issued
+    assert cache.counters.read_experts < 19
+    settled(cache)
+
+
 def test_where_no_slot_can_be_had_is_an_error_and_no_dead_lock(tiny_folder: Path) -> None:
     cache = open_cache(tiny_folder, 3, ring=1)
     with cache.lease(1, [0, 1, 2]) as lease:
