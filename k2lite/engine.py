@@ -111,6 +111,10 @@ class Engine:
             raise ContextLengthError(f"{tokens} tokens asked for; the planned context holds {limit}")
         return Sequence(self.config, tokens, self._device)
 
+    def new_conversation(self) -> None:
+        """What follows has another topic: what routing showed so far counts for less."""
+        self.experts.recall(self.experts.learned())
+
     def close(self) -> None:
         """End the reading threads and close the weight files; the engine is of no use afterwards. An engine that is
         dropped closes by itself."""

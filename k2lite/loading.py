@@ -21,6 +21,7 @@ from .byte_sizes import parse_bytes
 from .config import ModelConfig, read_config
 from .engine import Engine
 from .generation_config import read_generation_config
+from .learned_routing import recall_file
 from .memory_guard import MemoryGuard
 from .model import Model
 from .placement import Placement, plan_placement
@@ -51,6 +52,7 @@ def load(
     policy: str = DEFAULT_POLICY,
     prefetch: bool = True,
     mirror: str | Path | None = None,
+    statistics: str | Path | None = None,
 ) -> Engine:
     """Load a model folder and return an engine that is ready to generate.
 
@@ -61,7 +63,8 @@ def load(
     resident_experts: how many experts have room in RAM, a share (float) or a number (int); by default what fits.
     policy: which experts stay (`k2lite.offload.policies.POLICIES`). prefetch: read ahead on the router's guess.
     mirror: a folder with a copy of the weight files on another drive; reads are shared between the two.
-    None of these five changes a token.
+    statistics: a file of what routing showed in earlier runs (`k2lite.learned_routing`); read if it exists.
+    None of these six changes a token.
 
     Raises K2LiteError's children; see k2lite.errors."""
     make_policy(policy, [0], 1, 1)  # an unknown name is said before anything is read
@@ -85,6 +88,8 @@ def load(
     trunk = load_trunk(checkpoint, config, device)
     store = ExpertStore(checkpoint, mirror=None if mirror is None else Path(mirror))
     experts = open_cache(config, store, placement, policy=policy, prefetch=prefetch)
+    if statistics is not None:
+        recall_file(experts, config, Path(statistics))
     generation_eos, recommended = read_generation_config(Path(model))
     stop_ids = frozenset(config.eos_token_ids) | frozenset(generation_eos) | tokenizer.end_of_turn_ids
     return Engine(

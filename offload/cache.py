@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from k2lite.quant.types import ExpertKey, ExpertWeights
 from .governor import PrefetchGovernor
 from .lease import CacheLease
 from .policies import Policy
+from .policy import State
 from .predictor import Predictor
 from .slots import Arena
 from .source import ExpertSource, Lease, SourceCounters
@@ -131,6 +132,20 @@ class ExpertCache(ExpertSource):
         row = self._row[layer]
         before = self._last[1] if self._last is not None and self._last[0] == row - 1 else None
         self._read_ahead(row, before, ranked)
+
+    def learned(self) -> dict[str, State]:
+        return {
+            f"policy.{self.policy.name}": self.policy.state(),
+            "router": self.stats.state(),
+            "predictor": self.predictor.state(),
+        }
+
+    def recall(self, learned: Mapping[str, State]) -> None:
+        for name, owner in ((f"policy.{self.policy.name}", self.policy), ("router", self.stats)):
+            if name in learned:
+                owner.restore(learned[name])
+        if "predictor" in learned:
+            self.predictor.restore(learned["predictor"])
 
     def shrink(self, slots: int) -> int:
         self.collect()

@@ -15,6 +15,7 @@ import torch
 
 from k2lite.quant.types import ExpertWeights
 
+from .policy import State
 from .statistics import RouterStats
 
 # Hears (layer, ids int64 [T, K] ascending, weights float32 [T, K]) of every choice.
@@ -95,6 +96,15 @@ class ExpertSource(ABC):
     @abstractmethod
     def hint(self, layer: int, ranked: Sequence[int]) -> None:
         """Guesses of what `layer` will use next, best first."""
+
+    @abstractmethod
+    def learned(self) -> dict[str, State]:
+        """What routing has shown so far, by part, for `recall`."""
+
+    @abstractmethod
+    def recall(self, learned: Mapping[str, State]) -> None:
+        """Begin a new conversation with what earlier ones showed, at less weight. Changes speed, never tokens. Raises
+        ValueError where the shapes are another model's."""
 
     @abstractmethod
     def shrink(self, slots: int) -> int:

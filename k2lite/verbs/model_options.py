@@ -45,9 +45,32 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
+    """For verbs that end with `keep_statistics`."""
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="begin with what routing showed before, and add this run",
+    )
+
+
+def keep_statistics(args: argparse.Namespace, engine: Engine) -> None:
+    """At the end of a run: what its routers chose goes where --statistics says. Raises RequestError."""
+    if args.statistics is not None:
+        from k2lite.learned_routing import keep_in_file
+
+        keep_in_file(engine.experts, engine.config, args.statistics)
+
+
 def memory_options(args: argparse.Namespace) -> dict[str, Any]:
     """The memory arguments as `k2lite.load` takes them. Raises RequestError."""
-    options: dict[str, Any] = {"ram": args.ram, "prefetch": not args.no_prefetch, "mirror": args.mirror}
+    options: dict[str, Any] = {
+        "ram": args.ram,
+        "prefetch": not args.no_prefetch,
+        "mirror": args.mirror,
+        "statistics": getattr(args, "statistics", None),
+    }
     if args.policy is not None:
         options["policy"] = args.policy
     if args.resident_experts is not None:
