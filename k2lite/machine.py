@@ -24,7 +24,7 @@ from .speed_model import Bandwidths
 _REQUIRED = ("ram", "ram_gb_per_s", "drive_gb_per_s", "tflops")
 _OPTIONAL = ("name", "reserve", "vram", "vram_gb_per_s", "bus_gb_per_s", "layer_ms")
 LAYER_S = 0.1e-3
-_SUM_BYTES = 512 << 20
+_SUM_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def execute(args: argparse.Namespace) -> int:
 
     from k2lite.benchmark import Rates, bench, report
     from k2lite.machine import measure_memory
+    from k2lite.model_sizes import EMBEDDINGS
     from k2lite.offload.cache import ExpertCache
     from k2lite.offload.drive_rate import store_rate
 
@@ -45,7 +46,7 @@ def execute(args: argparse.Namespace) -> int:
     rates = Rates(store_rate(cache.store), measure_memory())
     prefill, decode = bench(engine, ids, args.tokens)
     checkpoint = cache.store.checkpoint
-    trunk_read = checkpoint.trunk_bytes - checkpoint.trunk_module("model.embed_tokens.weight").nbytes
+    trunk_read = checkpoint.trunk_bytes - checkpoint.trunk_module(EMBEDDINGS).nbytes
     facts = report(engine, prefill, decode, rates, trunk_read)
     print(json.dumps(facts) if args.json else as_text(facts))
     sys.stdout.flush()

@@ -54,15 +54,14 @@ def test_a_request_that_meets_a_bad_drive_fails_and_the_next_one_runs(engine: k2
     assert torch.equal(other.logits(IDS), expected)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_in_mid_read_ends_the_process_at_once(tiny_folder: Path, name: str) -> None:
+def test_sigterm_in_mid_read_ends_the_process_at_once(tiny_folder: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_RUN, str(tiny_folder)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"reading\n"
     sent = time.monotonic()
-    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert process.returncode in (-signal.SIGTERM, -signal.SIGINT, 1, 130)
+    assert process.returncode == -signal.SIGTERM
     assert time.monotonic() - sent < 30
