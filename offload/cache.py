@@ -8,7 +8,6 @@ slots and put what they finished on a queue. Never sees arithmetic.
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 
 from k2lite.quant.types import ExpertKey, ExpertWeights
 
+from .arrivals import Arrivals
 from .governor import PrefetchGovernor
 from .lease import CacheLease
 from .policies import Policy
@@ -27,6 +27,7 @@ from .slots import Arena
 from .source import ExpertSource, Lease, SourceCounters
 from .statistics import RouterStats
 from .store import ExpertRead, ExpertStore
+from .uninterrupted import uninterrupted
 
 # A guess that is wrong more often than not costs more than it hides.
 MIN_CHANCE = 0.5
@@ -84,7 +85,7 @@ class ExpertCache(ExpertSource):
         self._ring = list(range(arena.slots - ring, arena.slots))[::-1]
         self._slots_left, self._fewest = arena.slots, fewest
         self._residents = self._pinned_residents = self._reading = 0
-        self._done: queue.SimpleQueue[ExpertRead] = queue.SimpleQueue()
+        self._arrivals = Arrivals()
         self._counters = SourceCounters()
         self.governor = PrefetchGovernor(min(prefetch_width, ring), self._counters.prefetch)
         self._leased = _Leased(self)
@@ -102,6 +103,7 @@ class ExpertCache(ExpertSource):
 
     # -- what the model calls ----------------------------------------------------------------------------------
 
+    @uninterrupted()
     def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:
         super().observe(layer, ids, weights)
         row = self._row[layer]
@@ -128,6 +130,7 @@ class ExpertCache(ExpertSource):
     def wants_hint(self, layer: int) -> bool:
         return layer in self._row and self.governor.width > 0
 
+    @uninterrupted()
     def hint(self, layer: int, ranked: Sequence[int]) -> None:
         row = self._row[layer]
         before = self._last[1] if self._last is not None and self._last[0] == row - 1 else None
@@ -140,6 +143,7 @@ class ExpertCache(ExpertSource):
             "predictor": self.predictor.state(),
         }
 
+    @uninterrupted()
     def recall(self, learned: Mapping[str, State]) -> None:
         for name, owner in ((f"policy.{self.policy.name}", self.policy), ("router", self.stats)):
             if name in learned:
@@ -147,6 +151,7 @@ class ExpertCache(ExpertSource):
         if "predictor" in learned:
             self.predictor.restore(learned["predictor"])
 
+    @uninterrupted()
     def shrink(self, slots: int) -> int:
         self.collect()
         done = 0
@@ -200,6 +205,7 @@ class ExpertCache(ExpertSource):
             return self._pinned_read(key, self._evict(self.policy.victim(self._leased)), in_ring=False)
         return None
 
+    @uninterrupted()
     def keep(self, held: Held) -> None:
         """A leased expert that came into the ring (it was a guess) becomes resident: it changes places with a free
         slot or a victim, if there is one."""
@@ -224,6 +230,7 @@ class ExpertCache(ExpertSource):
         if held.in_ring and held.weights is not None:
             self._drop(held)
 
+    @uninterrupted()
     def read_on(self, layer: int, asked: int) -> None:
         """A prompt has nothing left to ask of `layer`, of whose experts it used `asked`: of the next layer it will use
         as large a share, so the drive goes on there while this layer computes."""
@@ -237,6 +244,7 @@ class ExpertCache(ExpertSource):
             if key not in self._table:
                 self._guess(key)
 
+    @uninterrupted()
     def settle(self, layer: int) -> None:
         """The layer's experts are known now: guesses that were wrong make room."""
         for held in [held for held in self._table.values() if held.is_guess and held.key.layer == layer]:
@@ -246,14 +254,11 @@ class ExpertCache(ExpertSource):
         """Take note of what the readers have finished; with `wait`, of at least one read."""
         if wait:
             began = time.perf_counter()
-            self._finish(self._done.get())
+            self._arrivals.wait()
             self._counters.wait_s += time.perf_counter() - began
-        while True:
-            try:
-                read = self._done.get_nowait()
-            except queue.Empty:
-                return
-            self._finish(read)
+        with uninterrupted():
+            for read in self._arrivals.take():
+                self._finish(read)
 
     @property
     def is_reading(self) -> bool:
@@ -294,7 +299,7 @@ class ExpertCache(ExpertSource):
     def _begin(self, key: ExpertKey, slot: int, *, in_ring: bool, is_guess: bool = False) -> Held:
         held = Held(key, slot, in_ring, is_guess=is_guess)
         try:
-            held.read = self.store.start(key, self.arena, slot, self._done.put, urgent=not is_guess)
+            held.read = self.store.start(key, self.arena, slot, self._arrivals.notify, urgent=not is_guess)
         except BaseException:
             self._return_slot(held)
             raise

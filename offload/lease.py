@@ -13,6 +13,7 @@ from k2lite.quant.errors import MemoryPlanError
 from k2lite.quant.types import ExpertKey, ExpertWeights
 
 from .source import Lease
+from .uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from .cache import ExpertCache, Held
@@ -28,21 +29,26 @@ class CacheLease(Lease):
         self._held: dict[ExpertKey, Held] = {}
         self._released = False
         self._todo: deque[ExpertKey] = deque()
+        self._waiting: list[Held] = []
+        try:
+            with uninterrupted():
+                self._take(keys)
+        except BaseException:
+            self.release()
+            raise
+        self._in_waves = bool(self._todo) or (keep is not None and len(keep) < len(keys))
+
+    def _take(self, keys: Sequence[ExpertKey]) -> None:
         for key in keys:
-            held = cache.pin(key)
+            held = self._cache.pin(key)
             if held is None:
                 self._todo.append(key)
             else:
                 self._held[key] = held
         self._waiting = [held for held in self._held.values() if held.weights is None]
-        try:
-            for layer in {key.layer for key in keys}:
-                cache.settle(layer)
-            self._submit()
-        except BaseException:
-            self.release()
-            raise
-        self._in_waves = bool(self._todo) or (keep is not None and len(keep) < len(keys))
+        for layer in {key.layer for key in keys}:
+            self._cache.settle(layer)
+        self._submit()
 
     def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:
         self._demand_open()
@@ -52,7 +58,8 @@ class CacheLease(Lease):
             yield from self._group(here)
         while self._waiting or self._todo:
             self._demand_open()
-            self._submit()
+            with uninterrupted():
+                self._submit()
             if not self._waiting and not self._cache.is_reading:
                 raise MemoryPlanError(
                     f"layer {self._todo[0].layer}: no slot can be had for {len(self._todo)} experts "
@@ -74,9 +81,10 @@ class CacheLease(Lease):
     def release(self) -> None:
         if self._released:
             raise RuntimeError("a lease was released twice")
-        self._released = True
-        self._give_back(list(self._held.values()))
-        self._todo.clear()
+        with uninterrupted():
+            self._released = True
+            self._give_back(list(self._held.values()))
+            self._todo.clear()
 
     def _group(self, members: Sequence[Held]) -> Iterator[Mapping[int, ExpertWeights]]:
         if self._keep is not None and not self._todo:
@@ -86,7 +94,8 @@ class CacheLease(Lease):
                 self._cache.keep(held)
         yield {held.key.expert: held.weights for held in members if held.weights is not None}
         if not self._released and self._in_waves:
-            self._give_back([held for held in members if held.in_ring])
+            with uninterrupted():
+                self._give_back([held for held in members if held.in_ring])
 
     def _submit(self) -> None:
         while self._todo:

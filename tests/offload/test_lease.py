@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 
 from k2lite.errors import CheckpointError, MemoryPlanError
 from k2lite.offload.cache import ExpertCache
+from k2lite.offload.policies import DEFAULT_POLICY
 from k2lite.offload.source import Lease
 from k2lite.offload.statistics import RouterStats
 from k2lite.quant.types import ExpertWeights
 from tests.offload.caches import FaultyFiles, Gate, io_error, open_cache
+from tests.samples import examples
 
 Stored = dict[str, torch.Tensor]
 SLOTS = 16
@@ -256,6 +259,39 @@ def test_a_failed_read_raises_where_it_is_leased_and_the_cache_goes_on(tiny_fold
     files.fault = None
     with cache.lease(2, [1, 2]) as lease:
         demand_right(2, take_all(lease), stored)
+
+
+def test_ctrl_c_at_any_moment_loses_no_slot(tiny_folder: Path, stored: Stored) -> None:
+    """A timer raises it in the middle of whatever the cache is doing."""
+    cache = open_cache(tiny_folder, 5, ring=2, prefetch_width=2, policy=DEFAULT_POLICY)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupted = 0
+    try:
+        for number in range(examples(150)):
+            signal.setitimer(signal.ITIMER_REAL, 0.0001 + (number * 37 % 100) * 0.00004)
+            try:
+                for layer in (1, 2):
+                    experts = [(number + at) % 8 for at in range(1 + number % 5)]
+                    observe(cache, layer, experts)
+                    with cache.lease(layer, experts, None if number % 2 else experts[:1]) as lease:
+                        cache.hint(3 - layer, [number % 8, (number + 3) % 8])
+                        take_all(lease)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            settled(cache)
+    except KeyboardInterrupt:
+        interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 10
+    for layer in (1, 2):
+        with cache.lease(layer, list(range(8))) as lease:
+            for group in lease.ready():
+                demand_right(layer, group, stored)
+    settled(cache)
 
 
 def test_a_guess_that_failed_is_read_again_when_it_is_asked_for(tiny_folder: Path, stored: Stored) -> None:
