@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from k2lite.quant.errors import RequestError
@@ -19,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="to read (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="to write (default: %(default)s)")
+    parser.add_argument(
+        "--routing", type=Path, metavar="TRACE", help="let a trace choose the experts, so that reuse is real"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompt's ids (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -29,14 +33,20 @@ def execute(args: argparse.Namespace) -> int:
             raise RequestError(f"{option} is {value}; expected 1 or more")
     import torch
 
+    from k2lite.backends.registry import open_backend
     from k2lite.benchmark import Rates, bench, report
     from k2lite.machine import measure_memory
     from k2lite.model_sizes import EMBEDDINGS
     from k2lite.offload.cache import ExpertCache
     from k2lite.offload.drive_rate import store_rate
+    from k2lite.offload.routing_trace import read_trace
+    from k2lite.traced_routing import follow_trace
 
     args.context = args.prompt_tokens + args.tokens if args.context is None else args.context
+    args.backend = open_backend(args.backend)
     engine = load_engine(args)
+    if args.routing is not None:
+        follow_trace(args.backend, read_trace(args.routing), engine.config)
     cache = engine.experts
     if not isinstance(cache, ExpertCache):
         raise TypeError("bench measures an ExpertCache")
@@ -47,7 +57,7 @@ def execute(args: argparse.Namespace) -> int:
     prefill, decode = bench(engine, ids, args.tokens)
     checkpoint = cache.store.checkpoint
     trunk_read = checkpoint.trunk_bytes - checkpoint.trunk_module(EMBEDDINGS).nbytes
-    facts = report(engine, prefill, decode, rates, trunk_read)
+    facts = report(engine, prefill, decode, rates, trunk_read) | {"routing": str(args.routing or "the model's own")}
     print(json.dumps(facts) if args.json else as_text(facts))
     sys.stdout.flush()
     return 0
@@ -75,5 +85,6 @@ def as_text(facts: dict[str, Any]) -> str:
         f"prefetch {guesses['issued']} issued, {guesses['useful']} useful, {guesses['late']} late, "
         f"{guesses['wasted']} wasted ({guesses['wasted_bytes'] / 1e6:.1f} MB)"
     )
+    lines.append(f"routing  {facts['routing']}")
     lines.append(f"memory   peak {gib(facts['peak_rss_bytes'])}, planned {gib(facts['planned_bytes'])}")
     return "\n".join(lines)

@@ -149,3 +149,21 @@ def test_memory_options_that_can_t_be_are_one_line(
     tiny: Path, capsys: Capture, options: list[str], message: str
 ) -> None:
     assert message in fails(capsys, "bench", tiny, *options)
+
+
+def test_bench_can_follow_a_trace(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Two tokens that take turns and share nothing: with room for both every later use is a hit."""
+    choices = [[[5, 6, 7], [0, 1, 2]], [[0, 1, 2], [3, 4, 5]]]
+    lines: list[dict[str, object]] = [{"tok": token, "layers": layers} for token, layers in enumerate(choices)]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ("bench", tiny, "--prompt-tokens", 2, "--tokens", 3, "--no-prefetch", "--routing", trace)
+    decode = run_json(capsys, *common, "--resident-experts", 14)["decode"]
+    assert isinstance(decode, dict)
+    assert (decode["requested_experts"], decode["hit_experts"]) == (18, 18)
+    decode = run_json(capsys, *common, "--resident-experts", 7, "--policy", "lru")["decode"]
+    assert isinstance(decode, dict)
+    assert decode["hit_experts"] == 0
+    lines[0]["layers"] = [[0, 1], [2, 3]]
+    trace.write_text(json.dumps(lines[0]))
+    assert "the trace has 2 experts a token, numbered up to 3, and the model 3 of 8" in fails(capsys, *common)
