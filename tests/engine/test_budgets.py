@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 import k2lite
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.errors import MemoryPlanError, RequestError
+from k2lite.moe import DECODE_TOKENS, RECENT_TOKENS
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.policies import POLICIES
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
@@ -80,6 +81,23 @@ def test_logits_are_the_same_bits(
         with small.open(64) as sequence:
             assert torch.equal(small.prefill(sequence, IDS, chunk_tokens=chunk), expected[-1])
         assert torch.equal(small.logits(IDS), expected)
+
+
+def test_of_a_prompt_what_its_last_tokens_used_is_kept(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = k2lite.load(tiny_folder, context=64)
+    chosen: list[torch.Tensor] = []
+    kept: list[object] = []
+    lease = other.experts.lease
+    other.experts.observers = (lambda _layer, ids, _weights: chosen.append(ids),)
+    monkeypatch.setattr(
+        other.experts, "lease", lambda layer, experts, keep=None: kept.append(keep) or lease(layer, experts, keep)
+    )
+    other.logits(IDS)
+    assert len(IDS) <= DECODE_TOKENS
+    assert kept == [None, None]
+    other.logits([*IDS, *IDS])
+    for ids, keep in zip(chosen[2:], kept[2:], strict=True):
+        assert keep == sorted({int(expert) for row in ids[-RECENT_TOKENS:] for expert in row})
 
 
 @given(seed=st.integers(0, 999))

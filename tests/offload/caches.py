@@ -12,7 +12,7 @@ from pathlib import Path
 
 from k2lite.loading import open_model
 from k2lite.offload.cache import ExpertCache
-from k2lite.offload.direct_files import DirectFiles
+from k2lite.offload.direct_files import PAGE_BYTES, DirectFiles
 from k2lite.offload.policies import make_policy
 from k2lite.offload.slots import Arena, slot_bytes_for
 from k2lite.offload.store import ExpertStore
@@ -21,7 +21,7 @@ SAID: list[str] = []
 
 
 class FaultyFiles(DirectFiles):
-    """`fault(path, offset)` runs before a read and may raise or sleep; `most` cuts reads short."""
+    """`fault(path, offset)` runs before a read and may raise or sleep; `most` is what a read brings at most."""
 
     def __init__(self, fault: Callable[[Path, int], None] | None = None, most: int | None = None) -> None:
         super().__init__(SAID.append)
@@ -33,7 +33,10 @@ class FaultyFiles(DirectFiles):
         self.reads.append((path, offset))
         if self.fault is not None:
             self.fault(path, offset)
-        return super().read(path, offset, view if self.most is None else view[: self.most])
+        if offset % PAGE_BYTES or len(view) % PAGE_BYTES:
+            raise OSError(errno.EINVAL, "a direct read must be whole pages")  # as the strictest drives say
+        count = super().read(path, offset, view)
+        return count if self.most is None else min(count, self.most)
 
 
 class Gate:
