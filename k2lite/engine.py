@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from k2lite.backends.base import Backend
 from k2lite.offload.source import ExpertSource
 from k2lite.quant.errors import ContextLengthError, RequestError
 
@@ -102,6 +103,11 @@ class Engine:
         self._guard = guard
         self._model = model
         self._device = device
+
+    @property
+    def backend(self) -> Backend:
+        """What multiplies."""
+        return self._model.backend
 
     def open(self, max_tokens: int | None = None) -> Sequence:
         """A new, empty sequence with room for `max_tokens` (the planned context by default)."""

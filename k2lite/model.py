@@ -31,6 +31,11 @@ class Model:
         self._backend = backend
         self._rule = routing_rule(config)
 
+    @property
+    def backend(self) -> Backend:
+        """What multiplies."""
+        return self._backend
+
     def hidden_states(self, ids: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
         """Final hidden states float32 [T, D] of token ids int64 [T]. The caches in `rows` hold the tokens' latents
         afterwards; they become part of the sequences by `advance`, which is the caller's."""

@@ -33,7 +33,6 @@ def execute(args: argparse.Namespace) -> int:
             raise RequestError(f"{option} is {value}; expected 1 or more")
     import torch
 
-    from k2lite.backends.registry import open_backend
     from k2lite.benchmark import Rates, bench, report
     from k2lite.machine import measure_memory
     from k2lite.model_sizes import EMBEDDINGS
@@ -43,10 +42,9 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.traced_routing import follow_trace
 
     args.context = args.prompt_tokens + args.tokens if args.context is None else args.context
-    args.backend = open_backend(args.backend)
     engine = load_engine(args)
     if args.routing is not None:
-        follow_trace(args.backend, read_trace(args.routing), engine.config)
+        follow_trace(engine.backend, read_trace(args.routing), engine.config)
     cache = engine.experts
     if not isinstance(cache, ExpertCache):
         raise TypeError("bench measures an ExpertCache")
