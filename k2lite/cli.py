@@ -17,9 +17,9 @@ from k2lite import __version__
 
 from .errors import one_line
 from .quant.errors import K2LiteError
-from .verbs import chat, demo, eval, export, info, quantize, replay, run, stats, trace
+from .verbs import bench, chat, demo, eval, export, info, plan, quantize, replay, run, stats, trace, verify
 
-VERBS = (info, run, chat, quantize, export, eval, trace, replay, stats, demo)
+VERBS = (info, plan, run, chat, quantize, verify, export, eval, bench, trace, replay, stats, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from k2lite.backends.base import Backend
 from k2lite.offload.source import ExpertSource
 from k2lite.quant.errors import ContextLengthError, RequestError
 
 from .batch import BatchRow
 from .config import ModelConfig
 from .kv_cache import LatentCache
+from .memory_guard import MemoryGuard
 from .model import Model
 from .placement import Placement
 from .sampling import SamplingParams, Token, sample
 
 if TYPE_CHECKING:
     from .text.tokenizer import Tokenizer
-
-PREFILL_CHUNK_TOKENS = 512
 
 
 @dataclass
@@ -87,6 +87,7 @@ class Engine:
         experts: ExpertSource,
         placement: Placement,
         *,
+        guard: MemoryGuard,
         device: torch.device,
         stop_ids: frozenset[int],
         recommended_sampling: SamplingParams,
@@ -99,8 +100,14 @@ class Engine:
         self.stop_ids = stop_ids
         self.recommended_sampling = recommended_sampling
         self.tokenizer = tokenizer
+        self._guard = guard
         self._model = model
         self._device = device
+
+    @property
+    def backend(self) -> Backend:
+        """What multiplies."""
+        return self._model.backend
 
     def open(self, max_tokens: int | None = None) -> Sequence:
         """A new, empty sequence with room for `max_tokens` (the planned context by default)."""
@@ -109,6 +116,21 @@ class Engine:
         if not 1 <= tokens <= limit:
             raise ContextLengthError(f"{tokens} tokens asked for; the planned context holds {limit}")
         return Sequence(self.config, tokens, self._device)
+
+    def new_conversation(self) -> None:
+        """What follows has another topic: what routing showed so far counts for less."""
+        self.experts.recall(self.experts.learned())
+
+    def close(self) -> None:
+        """End the reading threads and close the weight files; the engine is of no use afterwards. An engine that is
+        dropped closes by itself."""
+        self.experts.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @torch.inference_mode()
     def step(self, chunks: Ids[Chunk]) -> list[torch.Tensor]:
@@ -131,11 +153,14 @@ class Engine:
         for chunk, row in zip(chunks, rows, strict=True):
             row.cache.advance(row.tokens)
             chunk.sequence.ids.extend(chunk.ids)
+        self._guard.check()
         return logits
 
-    def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int = PREFILL_CHUNK_TOKENS) -> torch.Tensor:
-        """Take a prompt into a sequence in chunks; float32 logits [vocab] of its last token."""
+    def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int | None = None) -> torch.Tensor:
+        """Take a prompt into a sequence in chunks (default: the planned size); float32 logits [vocab] of its last
+        token."""
         self._check_chunk(Chunk(sequence, ids))
+        chunk_tokens = self.placement.prefill_chunk_tokens if chunk_tokens is None else chunk_tokens
         if chunk_tokens < 1:
             raise RequestError(f"chunk_tokens is {chunk_tokens}; expected 1 or more")
         began = time.perf_counter()

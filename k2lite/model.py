@@ -17,7 +17,7 @@ from k2lite.offload.source import ExpertSource
 from .attention import Rotation, latent_attention
 from .batch import BatchRow
 from .config import ModelConfig
-from .moe import moe_block, routing_rule
+from .moe import DECODE_TOKENS, guess_experts, moe_block, routing_rule
 from .weights import LayerWeights, MoeWeights, TrunkWeights
 
 
@@ -30,6 +30,11 @@ class Model:
         self._experts = experts
         self._backend = backend
         self._rule = routing_rule(config)
+
+    @property
+    def backend(self) -> Backend:
+        """What multiplies."""
+        return self._backend
 
     def hidden_states(self, ids: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
         """Final hidden states float32 [T, D] of token ids int64 [T]. The caches in `rows` hold the tokens' latents
@@ -52,6 +57,21 @@ class Model:
         normed = backend.rms_norm(x, layer.input_layernorm, eps)
         x = x + latent_attention(normed, layer.self_attn, index, rows, rotation, self.config, backend)
         normed = backend.rms_norm(x, layer.post_attention_layernorm, eps)
+        if not isinstance(layer.ffn, MoeWeights):
+            return x + backend.mlp(normed, layer.ffn)
+
+        def look_ahead(shared: torch.Tensor) -> None:
+            self._hint(x + shared, index + 1)
+
+        return x + moe_block(normed, layer.ffn, index, self._rule, self._experts, backend, look_ahead)
+
+    def _hint(self, x: torch.Tensor, index: int) -> None:
+        """Tell the source what layer `index` may choose, judged by hidden states x [T, D] that lack only the routed
+        experts between here and there."""
+        if len(x) > DECODE_TOKENS or not self._experts.wants_hint(index):
+            return
+        layer = self._trunk.layers[index]
         if isinstance(layer.ffn, MoeWeights):
-            return x + moe_block(normed, layer.ffn, index, self._rule, self._experts, backend)
-        return x + backend.mlp(normed, layer.ffn)
+            normed = self._backend.rms_norm(x, layer.post_attention_layernorm, self.config.rms_norm_eps)
+            count = self._rule.num_experts_per_tok
+            self._experts.hint(index, guess_experts(normed, layer.ffn, self._backend, count))

@@ -7,6 +7,8 @@ Shapes: T tokens, D hidden, K active experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from k2lite.backends.base import Assignment, Backend, RoutingRule
@@ -14,6 +16,10 @@ from k2lite.offload.source import ExpertSource
 
 from .config import ModelConfig
 from .weights import MoeWeights
+
+# A step of more tokens is a prompt: its experts pass through, and those of its last tokens are kept.
+DECODE_TOKENS = 16
+RECENT_TOKENS = 2
 
 
 def routing_rule(config: ModelConfig) -> RoutingRule:
@@ -27,14 +33,34 @@ def routing_rule(config: ModelConfig) -> RoutingRule:
 
 
 def moe_block(
-    x: torch.Tensor, weights: MoeWeights, layer: int, rule: RoutingRule, experts: ExpertSource, backend: Backend
+    x: torch.Tensor,
+    weights: MoeWeights,
+    layer: int,
+    rule: RoutingRule,
+    experts: ExpertSource,
+    backend: Backend,
+    look_ahead: Callable[[torch.Tensor], None],
 ) -> torch.Tensor:
-    """The block's output for normalized hidden states x [T, D]: [T, D]."""
+    """The block's output for normalized hidden states x [T, D]: [T, D].
+
+    `look_ahead` is called with the shared expert's result [T, D] as soon as this layer's reads are under way."""
     ids, expert_weights = backend.router(x, weights.router, weights.e_score_correction_bias, rule)
-    experts.observe(layer, ids, expert_weights)
+    recent = None if len(ids) <= DECODE_TOKENS else RECENT_TOKENS
+    experts.observe(layer, ids, expert_weights, recent=recent)
+    keep = None if recent is None else torch.unique(ids[-recent:]).tolist()
     out = x.new_empty(*ids.shape, x.shape[-1])
-    with experts.lease(layer, torch.unique(ids).tolist()) as lease:
+    with experts.lease(layer, torch.unique(ids).tolist(), keep) as lease:
+        shared = backend.mlp(x, weights.shared_experts)
+        look_ahead(shared)
         for group in lease.ready():
             work = [Assignment(expert, *torch.where(ids == number)) for number, expert in group.items()]
             backend.expert_ffn(x, work, out).wait()
-    return backend.combine(out, expert_weights, backend.mlp(x, weights.shared_experts))
+    return backend.combine(out, expert_weights, shared)
+
+
+def guess_experts(x: torch.Tensor, weights: MoeWeights, backend: Backend, count: int) -> list[int]:
+    """The `count` experts that this router likes best for normalized hidden states x [T, D], best first: the router of
+    the next layer on the present state tells most of its choices (facts/routing.md, section 3, P1)."""
+    scores = torch.sigmoid(backend.linear(x, weights.router)) + weights.e_score_correction_bias
+    best = scores.amax(0)
+    return torch.topk(best, min(count, len(best))).indices.tolist()

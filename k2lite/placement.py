@@ -1,46 +1,104 @@
-"""The plan: what must be in memory, where each layer's experts multiply, and the arithmetic that decides the bits.
+"""The plan: what must be in memory, how many experts fit beside it, and the arithmetic that decides the bits.
 
-Made before anything is loaded, printed in one line, and kept to. Knows sizes; does not execute.
+Made before anything is loaded, printed in one line, and kept to. What must be there is planned first; the arena of
+experts takes the rest. Knows sizes; does not execute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from k2lite.backends.base import Backend
+from k2lite.backends.base import Backend, Memory
+from k2lite.offload.slots import slot_bytes_for
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError
+from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError, RequestError
 from k2lite.quant.quantization_plan import Matrix
 
 from .config import ModelConfig
 from .kv_cache import LatentCache
 
 DEFAULT_CONTEXT_TOKENS = 32 * 1024
-# Python, torch and a step's temporaries.
+# Python, torch and what they allocate on the way.
 HEADROOM_BYTES = 1 << 30
+# Without --ram this share of the machine's memory stays free for others.
+SPARE_SHARE = 0.03
+# Slots for experts that only pass through: enough reads under way to keep a drive busy, also between two layers.
+RING_SLOTS, RING_SHARE = 16, 1 / 24
+MAX_CHUNK_TOKENS, EASY_CHUNK_TOKENS = 4096, 32
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes by purpose, all in RAM, and the name of the arithmetic."""
+    """Bytes by purpose, all in RAM, and the name of the arithmetic. `slots` is how many of the model's `experts` have
+    room at once, `ring_slots` of them for those that pass through."""
 
     backend: str
     arithmetic: str
     context_tokens: int
+    prefill_chunk_tokens: int
     trunk_bytes: int
     experts_bytes: int
     kv_bytes: int
+    transient_bytes: int
+    headroom_bytes: int
+    experts: int
+    slots: int
+    ring_slots: int
+    slot_bytes: int
+    budget_bytes: int
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the process will take."""
+        return self.arena_bytes + self.trunk_bytes + self.kv_bytes + self.transient_bytes + self.headroom_bytes
+
+    @property
+    def everything_fits(self) -> bool:
+        return self.slots >= self.experts
 
     def experts_on(self, layer: int) -> Literal["host", "device", "split"]:  # noqa: ARG002
         """Where a layer's experts multiply; one device so far, so every layer answers alike."""
         return "host"
 
     def __str__(self) -> str:
+        kept = (
+            f"all {self.experts} experts {gib(self.arena_bytes)}"
+            if self.everything_fits
+            else f"{self.slots} of {self.experts} experts {gib(self.arena_bytes)} (the others stay on the drive)"
+        )
         return (
-            f"backend {self.backend} ({self.arithmetic}); in RAM: trunk {gib(self.trunk_bytes)}, "
-            f"experts {gib(self.experts_bytes)}, KV for {self.context_tokens} tokens {gib(self.kv_bytes)}"
+            f"backend {self.backend} ({self.arithmetic}); in RAM: trunk {gib(self.trunk_bytes)}, {kept}, "
+            f"KV for {self.context_tokens} tokens {gib(self.kv_bytes)}; prompts in chunks of "
+            f"{self.prefill_chunk_tokens}; {gib(self.total_bytes)} of {gib(self.budget_bytes)}"
+        )
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """What a plan must know of a model's weights: `where` they are, bytes of trunk and experts, `slot` of one expert's
+    room, and how many `experts` there are."""
+
+    where: str
+    trunk: int
+    experts_bytes: int
+    slot: int
+    experts: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, checkpoint: Checkpoint, changed: Collection[Matrix] = ()) -> WeightBytes:
+        """`changed` are the trunk's matrices that are converted while loading."""
+        return cls(
+            where=str(checkpoint.folder),
+            trunk=checkpoint.trunk_bytes + sum(matrix.nbytes - matrix.source.nbytes for matrix in changed),
+            experts_bytes=checkpoint.experts_bytes,
+            slot=slot_bytes_for(checkpoint),
+            experts=len(config.moe_layers) * config.n_routed_experts,
         )
 
 
@@ -50,17 +108,131 @@ def plan_placement(
     backend: Backend,
     *,
     context_tokens: int | None = None,
+    ram_bytes: int | None = None,
+    resident_experts: float | None = None,
     quantized: Mapping[str, Matrix] | None = None,
 ) -> Placement:
-    """`quantized` are the trunk's matrices that are converted while loading. Decide, or raise: ContextLengthError for a
-    context the model was not made for, BackendError for a format the backend can't multiply, MemoryPlanError with the
-    sum where memory is short."""
-    longest = config.max_position_embeddings
-    if context_tokens is not None and not 1 <= context_tokens <= longest:
-        raise ContextLengthError(f"context of {context_tokens} tokens asked for; this model takes 1 to {longest}")
-    context = min(DEFAULT_CONTEXT_TOKENS, longest) if context_tokens is None else context_tokens
-    capabilities = backend.capabilities()
+    """Decide for this machine, or raise: ContextLengthError for a context the model was not made for, BackendError for
+    a format the backend can't multiply, RequestError for a number out of range, MemoryPlanError with the sum where
+    memory is short.
+
+    `ram_bytes` is what the process may take (default: what the machine can spare). `resident_experts` fixes the slots:
+    a share of all experts (a float of at most 1) or their number (an int). `quantized` are the trunk's matrices that
+    are converted while loading."""
+    context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
+    _demand_formats(checkpoint, backend, changed)
+    memory = backend.memory()
+    if ram_bytes is not None and ram_bytes > memory.available_bytes:
+        raise MemoryPlanError(
+            f"--ram {gib(ram_bytes)} is more than the {gib(memory.available_bytes)} of memory that is available; "
+            "k2lite doesn't swap"
+        )
+    return plan_memory(
+        config,
+        WeightBytes.of(config, checkpoint, changed),
+        backend.name,
+        backend.capabilities().arithmetic + (f", trunk to {changed[0].target.name}" if changed else ""),
+        context=context,
+        budget=spare_bytes(memory) if ram_bytes is None else ram_bytes,
+        resident_experts=resident_experts,
+    )
+
+
+def spare_bytes(memory: Memory) -> int:
+    """What k2lite takes unasked: what is available, but for a little."""
+    return max(0, memory.available_bytes - int(SPARE_SHARE * memory.total_bytes))
+
+
+def planned_context(config: ModelConfig, tokens: int | None) -> int:
+    """The context in tokens. Raises ContextLengthError for one that the model was not made for."""
+    longest = config.max_position_embeddings
+    if tokens is not None and not 1 <= tokens <= longest:
+        raise ContextLengthError(f"context of {tokens} tokens asked for; this model takes 1 to {longest}")
+    return min(DEFAULT_CONTEXT_TOKENS, longest) if tokens is None else tokens
+
+
+def plan_memory(
+    config: ModelConfig,
+    weights: WeightBytes,
+    backend: str,
+    arithmetic: str,
+    *,
+    context: int,
+    budget: int,
+    resident_experts: float | None = None,
+) -> Placement:
+    """Share `budget` bytes: what must be there first, experts in what is left. Raises RequestError, MemoryPlanError."""
+    kv = LatentCache.nbytes_for(config, context)
+    fewest = min(config.num_experts_per_tok + 1, weights.experts)
+    chunk = _chunk_tokens(config, context, budget - weights.trunk - kv - HEADROOM_BYTES - fewest * weights.slot)
+    transient = transient_bytes(config, chunk)
+    room = max(0, budget - weights.trunk - kv - transient - HEADROOM_BYTES) // weights.slot
+    fixed = None if resident_experts is None else _wanted(resident_experts, weights.experts, fewest)
+    least = fewest if fixed is None else fixed
+    if room < least:
+        needed = weights.trunk + kv + transient + HEADROOM_BYTES + least * weights.slot
+        raise MemoryPlanError(
+            f"{weights.where}: trunk {gib(weights.trunk)} + KV for {context} tokens {gib(kv)} + a step "
+            f"{gib(transient)} + headroom {gib(HEADROOM_BYTES)} + {least} experts {gib(least * weights.slot)} = "
+            f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
+        )
+    slots = min(room, weights.experts) if fixed is None else fixed
+    ring = max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, int(RING_SHARE * slots)))
+    return Placement(
+        backend=backend,
+        arithmetic=arithmetic,
+        context_tokens=context,
+        prefill_chunk_tokens=chunk,
+        trunk_bytes=weights.trunk,
+        experts_bytes=weights.experts_bytes,
+        kv_bytes=kv,
+        transient_bytes=transient,
+        headroom_bytes=HEADROOM_BYTES,
+        experts=weights.experts,
+        slots=slots,
+        ring_slots=0 if slots == weights.experts else ring,
+        slot_bytes=weights.slot,
+        budget_bytes=budget,
+    )
+
+
+def transient_bytes(config: ModelConfig, tokens: int) -> int:
+    """What a step of so many tokens takes for a while: experts' results [T, K, D] and a few rows of every width."""
+    active = config.num_experts_per_tok
+    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.latent_dim + config.v_head_dim)
+    ffn = max(config.intermediate_size, active * config.moe_intermediate_size)
+    return 4 * tokens * ((active + 6) * config.hidden_size + 3 * ffn + 2 * heads)
+
+
+def _chunk_tokens(config: ModelConfig, context: int, left: int) -> int:
+    """The largest chunk of a prompt, a power of two: each chunk reads most experts once, so fewer chunks are faster,
+    but beyond an easy size it may take an eighth of the `left` bytes at most."""
+    chunk = MAX_CHUNK_TOKENS
+    while chunk > 1:
+        takes = transient_bytes(config, chunk)
+        if chunk < 2 * context and takes <= left and (chunk <= EASY_CHUNK_TOKENS or takes <= left / 8):
+            return chunk
+        chunk //= 2
+    return chunk
+
+
+def _wanted(resident_experts: float, experts: int, fewest: int) -> int:
+    is_share = isinstance(resident_experts, float)
+    if resident_experts <= 0 or (is_share and resident_experts > 1):
+        raise RequestError(
+            f"resident_experts is {resident_experts}; expected a share above 0 and up to 1.0, or a number of experts"
+        )
+    count = min(experts, round(resident_experts * experts) if is_share else int(resident_experts))
+    if count < fewest:
+        raise RequestError(
+            f"resident_experts {resident_experts} makes {count} slots; one layer's choice and one more take {fewest}"
+        )
+    return count
+
+
+def _demand_formats(checkpoint: Checkpoint, backend: Backend, changed: Collection[Matrix]) -> None:
+    capabilities = backend.capabilities()
     used = {name for uses in checkpoint.formats().values() for name in uses} | {m.target.name for m in changed}
     missing = used - capabilities.formats
     if missing:
@@ -68,24 +240,6 @@ def plan_placement(
             f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
             f"it takes {', '.join(sorted(capabilities.formats))}"
         )
-    placement = Placement(
-        backend=backend.name,
-        arithmetic=capabilities.arithmetic + (f", trunk to {changed[0].target.name}" if changed else ""),
-        context_tokens=context,
-        trunk_bytes=checkpoint.trunk_bytes + sum(matrix.nbytes - matrix.source.nbytes for matrix in changed),
-        experts_bytes=checkpoint.experts_bytes,
-        kv_bytes=LatentCache.nbytes_for(config, context),
-    )
-    needed = placement.trunk_bytes + placement.experts_bytes + placement.kv_bytes + HEADROOM_BYTES
-    available = backend.memory().available_bytes
-    if needed > available:
-        raise MemoryPlanError(
-            f"{checkpoint.folder}: trunk {gib(placement.trunk_bytes)} + experts {gib(placement.experts_bytes)} + "
-            f"KV for {context} tokens {gib(placement.kv_bytes)} + headroom {gib(HEADROOM_BYTES)} = {gib(needed)}, and "
-            f"{gib(available)} of memory is available; all experts must be in RAM in this version"
-            + ("" if context_tokens else " (a smaller --context needs less)")
-        )
-    return placement
 
 
 def gib(nbytes: int) -> str:

@@ -8,12 +8,13 @@ Shapes: T tokens, D hidden, K active experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 
 from k2lite.backends.base import Assignment, Backend, Capabilities, Event, Memory, RoutingRule, Segment
+from k2lite.offload.policy import State
 from k2lite.offload.source import ExpertSource, Lease
 from k2lite.quant.types import PROJECTIONS, ExpertWeights, QuantTensor
 
@@ -104,12 +105,30 @@ class RecordingSource(ExpertSource):
         self.counters, self.stats = source.counters, source.stats
         self._source, self._backend, self._prefix = source, backend, prefix
 
-    def lease(self, layer: int, experts: Sequence[int]) -> Lease:
+    def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
         prefix = f"{self._prefix}model.layers.{layer}.mlp.experts."
-        return _RecordingLease(self._source.lease(layer, experts), self._backend, prefix)
+        return _RecordingLease(self._source.lease(layer, experts, keep), self._backend, prefix)
 
-    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        self._source.observe(layer, ids, weights)
+    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:
+        self._source.observe(layer, ids, weights, recent=recent)
+
+    def wants_hint(self, layer: int) -> bool:
+        return self._source.wants_hint(layer)
+
+    def hint(self, layer: int, ranked: Sequence[int]) -> None:
+        self._source.hint(layer, ranked)
+
+    def learned(self) -> dict[str, State]:
+        return self._source.learned()
+
+    def recall(self, learned: Mapping[str, State]) -> None:
+        self._source.recall(learned)
+
+    def shrink(self, slots: int) -> int:
+        return self._source.shrink(slots)
+
+    def close(self) -> None:
+        self._source.close()
 
 
 class _RecordingLease(Lease):

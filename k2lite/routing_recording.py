@@ -11,7 +11,7 @@ from k2lite.offload.recording import RoutingRecorder
 from k2lite.offload.routing_trace import RoutingTrace, TracedModel
 from k2lite.quant.errors import RequestError
 
-from .engine import PREFILL_CHUNK_TOKENS, Chunk, Engine
+from .engine import Chunk, Engine
 
 
 def record_routing(
@@ -23,15 +23,15 @@ def record_routing(
         raise RequestError("the text has no tokens")
     engine.check_ids(ids)
     recorder = RoutingRecorder(model.layers)
-    window = engine.placement.context_tokens
+    window, chunk = engine.placement.context_tokens, engine.placement.prefill_chunk_tokens
     before = engine.experts.observers
     engine.experts.observers = (*before, recorder.observe)
     try:
         for start in range(0, len(ids), window):
             part = ids[start : start + window]
             with engine.open(len(part)) as sequence:
-                for at in range(0, len(part), PREFILL_CHUNK_TOKENS):
-                    engine.step([Chunk(sequence, part[at : at + PREFILL_CHUNK_TOKENS], "none")])
+                for at in range(0, len(part), chunk):
+                    engine.step([Chunk(sequence, part[at : at + chunk], "none")])
                     if progress is not None:
                         progress(start + len(sequence.ids))
     finally:

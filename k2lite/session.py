@@ -74,5 +74,7 @@ class Session:
             if old != new:
                 break
             shared += 1
+        if shared < len(self._sequence.ids) / 2:  # what the template writes is always shared
+            self.engine.new_conversation()
         self._sequence.truncate(shared)
         return self._sequence

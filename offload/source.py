@@ -1,26 +1,21 @@
 """Where a layer's experts come from: the seam between the model's loop and the tiers of memory.
 
-The contract of a lease, each sentence a test:
-* A lease is a context manager and is released exactly once, at the end of its block.
-* The views it hands out are valid until then; asking it for more afterwards is a programmer's error (RuntimeError).
-* `ready` yields every expert asked for exactly once, resident ones first.
-* A failed read raises in the thread that leases, naming file and expert.
-* Each expert asked for is counted once.
-
-Knows which expert is where; not what an expert computes.
+Knows which expert is where; not what an expert computes. One thread leases at a time. The contract of a lease stands
+above `ExpertCache` (cache.py), the one source there is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 
 from k2lite.quant.types import ExpertWeights
 
+from .policy import State
 from .statistics import RouterStats
 
 # Hears (layer, ids int64 [T, K] ascending, weights float32 [T, K]) of every choice.
@@ -28,13 +23,32 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass
+class PrefetchCounters:
+    """Experts that were read on a guess: `useful` had come when they were asked for, `late` were on their way,
+    `wasted` were not asked for. A failed one is read again when it is asked for, and raises then."""
+
+    issued: int = 0
+    useful: int = 0
+    late: int = 0
+    wasted: int = 0
+    failed: int = 0
+    wasted_bytes: int = 0
+
+
+@dataclass
 class SourceCounters:
-    """What a source did since it was opened."""
+    """What a source did since it was opened. A hit is an expert that needed no read since its last eviction: one that
+    was read on a guess is none when it is first used. `read_s` is the time in which something was being read,
+    `wait_s` the part of it in which the leasing thread had nothing else to do."""
 
     requested_experts: int = 0
+    hit_experts: int = 0
     read_experts: int = 0
     read_bytes: int = 0
     read_s: float = 0.0
+    wait_s: float = 0.0
+    evicted_experts: int = 0
+    prefetch: PrefetchCounters = field(default_factory=PrefetchCounters)
 
 
 class Lease(ABC):
@@ -65,12 +79,37 @@ class ExpertSource(ABC):
     observers: tuple[Observer, ...] = ()  # who else wants to hear: a recording, for one
 
     @abstractmethod
-    def lease(self, layer: int, experts: Sequence[int]) -> Lease:
-        """Lease distinct `experts` of `layer`."""
+    def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
+        """Lease distinct `experts` of `layer`. `keep` are those that are worth keeping afterwards, None: all."""
 
-    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """A router's choice for a batch: ids int64 [T, K] ascending, weights float32 [T, K]. In prefill a chunk is one
-        batch: T is its tokens, each layer is observed once a chunk, in the order of layers."""
+    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:  # noqa: ARG002
+        """A router's choice for a batch: ids int64 [T, K] ascending, weights float32 [T, K]. Comes before the lease.
+        In prefill a chunk is one batch. What is to be kept is judged by the last `recent` rows (None: all)."""
         self.stats.observe(layer, ids, weights)
         for observer in self.observers:
             observer(layer, ids, weights)
+
+    @abstractmethod
+    def wants_hint(self, layer: int) -> bool:
+        """Whether a guess of what `layer` will use next is of any use now."""
+
+    @abstractmethod
+    def hint(self, layer: int, ranked: Sequence[int]) -> None:
+        """Guesses of what `layer` will use next, best first."""
+
+    @abstractmethod
+    def learned(self) -> dict[str, State]:
+        """What routing has shown so far, by part, for `recall`."""
+
+    @abstractmethod
+    def recall(self, learned: Mapping[str, State]) -> None:
+        """Begin a new conversation with what earlier ones showed, at less weight. Changes speed, never tokens. Raises
+        ValueError where the shapes are another model's."""
+
+    @abstractmethod
+    def shrink(self, slots: int) -> int:
+        """Give the memory of up to so many experts back to the system for good; of how many it was given back."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the reading threads and close the files. Of no use afterwards."""

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import xxhash
 
+from .checksums import demand_checksum, expert_piece, read_checksums
 from .errors import CheckpointError
-from .expert_layout import check_weight_shape, expert_layout
+from .expert_layout import check_weight_shape, expert_extents, expert_layout
 from .file_reading import read_exactly
 from .formats import QuantFormat, Shape
 from .module_format import QUANT_SUFFIXES, module_format
@@ -25,7 +26,7 @@ from .quantization_config import QuantizationConfig
 from .safetensors_file import TensorRecord
 from .schema import CheckpointSchema
 from .shards import Shard, ShardSet, read_shards
-from .types import PROJECTIONS, ExpertKey, ExpertLayout, QuantTensor
+from .types import PROJECTIONS, ExpertKey, ExpertLayout, Extent, QuantTensor
 
 Stored = tuple[Path, TensorRecord]
 # numbers as they are printed only: "07" would be a second name of expert 7
@@ -60,7 +61,7 @@ class StoredModule:
 class Checkpoint:
     """Made by `open`. `shards` are the files; `ignored` lists stored names that are known and not needed, by reason,
     and `carried` where those of them lie that belong to the model all the same (its vision tower); `problems` is what
-    makes the folder unusable, `notes` what is odd and does no harm."""
+    makes the folder unusable, `notes` what is odd and does no harm; `checksums` are those that its manifest knows."""
 
     def __init__(self, folder: Path, schema: CheckpointSchema) -> None:
         self.folder = folder
@@ -70,6 +71,7 @@ class Checkpoint:
         self.notes: tuple[str, ...] = ()
         self.ignored: dict[str, list[str]] = {}
         self.carried: dict[str, Stored] = {}
+        self.checksums: dict[str, str] = {}
         self._trunk: dict[str, StoredModule] = {}
         self._experts: dict[ExpertKey, dict[str, StoredModule]] = {}
 
@@ -78,6 +80,7 @@ class Checkpoint:
         """Read all headers of `folder`. Raises CheckpointError only where there is nothing to look at; all else is
         in `problems`."""
         checkpoint = cls(folder, schema)
+        checkpoint.checksums = read_checksums(folder)
         with _collection_paused():
             checkpoint._fill(read_shards(folder), quantization)
         return checkpoint
@@ -109,7 +112,14 @@ class Checkpoint:
             raise self._unusable(f"tensor {self.schema.prefix}{name}")
         parts = {suffix: self._read(*stored) for suffix, stored in module.parts.items()}
         check_weight_shape(parts, module.shape, f"{self.folder}: {self.schema.prefix}{name}")
-        return QuantTensor(module.format, module.shape, parts)
+        tensor = QuantTensor(module.format, module.shape, parts)
+        file = next(iter(module.parts.values()))[0]
+        demand_checksum(self.checksums.get(self.trunk_piece(name)), [tensor], f"{file}: {self.schema.prefix}{name}")
+        return tensor
+
+    def trunk_piece(self, name: str) -> str:
+        """The name of a trunk tensor in the manifest."""
+        return self.schema.prefix + name.removesuffix(".weight")
 
     def expert(self, key: ExpertKey) -> ExpertLayout:
         """Where an expert's bytes lie. Raises CheckpointError if it is not whole."""
@@ -126,7 +136,18 @@ class Checkpoint:
             },
             formats,
             {projection: self.schema.projection_shape(projection) for projection in PROJECTIONS},
+            self.checksums.get(expert_piece(key)),
         )
+
+    def expert_extents(self, key: ExpertKey) -> tuple[Extent, ...]:
+        """The extents of `expert(key)` alone: quick enough to ask for every expert."""
+        return expert_extents(stored for module in self._experts[key].values() for stored in module.parts.values())
+
+    def expert_keys(self) -> Iterator[ExpertKey]:
+        """All routed experts, by layer."""
+        for layer in self.schema.expert_layers:
+            for expert in range(self.schema.n_routed_experts):
+                yield ExpertKey(layer, expert)
 
     def trunk_module(self, name: str) -> StoredModule:
         """How a trunk tensor is stored, by its canonical name."""

@@ -5,7 +5,7 @@ Parts that lie next to one another become one extent; a small gap is read along,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,20 +25,32 @@ def expert_layout(
     stored: Mapping[tuple[str, str], tuple[Path, TensorRecord]],
     formats: Mapping[str, QuantFormat],
     shapes: Mapping[str, tuple[int, int]],
+    checksum: str | None = None,
 ) -> ExpertLayout:
     """Coalesce an expert's stored tensors, by (projection, suffix), into extents and views."""
-    ordered = sorted(stored.items(), key=lambda item: (item[1][0], item[1][1].offset))
-    extents: list[Extent] = []
-    parts: dict[tuple[str, str], PartView] = {}
-    for part, (path, record) in ordered:
-        last = extents[-1] if extents else None
-        if last is None or last.file != path or record.offset - (last.offset + last.nbytes) > MAX_GAP_BYTES:
-            last = Extent(path, record.offset, 0)
-            extents.append(last)
-        at = record.offset - last.offset
-        extents[-1] = Extent(path, last.offset, at + record.nbytes)
-        parts[part] = PartView(len(extents) - 1, at, record.dtype, record.shape)
-    return ExpertLayout(key, tuple(extents), parts, formats, shapes)
+    extents = expert_extents(stored.values())
+    parts = {part: _place(record, path, extents) for part, (path, record) in stored.items()}
+    return ExpertLayout(key, extents, parts, formats, shapes, checksum)
+
+
+def expert_extents(stored: Iterable[tuple[Path, TensorRecord]]) -> tuple[Extent, ...]:
+    """The fewest runs that hold an expert's stored tensors, in the order of files and bytes."""
+    runs: list[tuple[Path, int, int]] = []
+    for path, record in sorted(stored, key=lambda item: (item[0], item[1].offset)):
+        end = record.offset + record.nbytes
+        if runs and runs[-1][0] == path and record.offset - runs[-1][2] <= MAX_GAP_BYTES:
+            runs[-1] = (path, runs[-1][1], end)
+        else:
+            runs.append((path, record.offset, end))
+    return tuple(Extent(path, start, end - start) for path, start, end in runs)
+
+
+def _place(record: TensorRecord, path: Path, extents: Sequence[Extent]) -> PartView:
+    for number, extent in enumerate(extents):
+        at = record.offset - extent.offset
+        if extent.file == path and at >= 0 and at + record.nbytes <= extent.nbytes:
+            return PartView(number, at, record.dtype, record.shape)
+    raise ValueError(f"tensor {record.name} lies in no extent of its expert")
 
 
 def read_extents(layout: ExpertLayout) -> list[torch.Tensor]:

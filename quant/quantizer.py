@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 import xxhash
 
+from .checksums import MANIFEST_NAME, MANIFEST_VERSION, UNVERIFIED
 from .conversion import Block, ConvertedBlock, Damage, convert_block, converted, read_blocks
 from .direct_reading import read_direct
 from .durable_files import PARTIAL, write_whole
@@ -35,9 +36,7 @@ from .safetensors_file import TensorRecord
 from .shard_writer import ShardWriter, file_bytes
 from .shards import INDEX_NAME
 
-MANIFEST_NAME = "k2lite_manifest.json"
 CONFIG_NAME = "config.json"
-UNVERIFIED = "unverified"
 # Blocks that are read or worked on before they are written: about three reads.
 READ_AHEAD_BLOCKS = 24
 # Bytes between two syncs: what a lost machine costs. A sync of this much takes a tenth of a second.
@@ -285,7 +284,7 @@ def _write_small_files(run: _Run) -> None:
     total = sum(spec.nbytes for shard in job.plan.shards for spec in shard.tensors)
     write_whole(
         job.destination / MANIFEST_NAME,
-        _json({"version": 1, **job.identity, "pieces": _manifest_pieces(run.journal)}),
+        _json({"version": MANIFEST_VERSION, **job.identity, "pieces": _manifest_pieces(run.journal)}),
     )
     write_whole(job.destination / INDEX_NAME, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
     write_whole(job.destination / CONFIG_NAME, _json(job.config))

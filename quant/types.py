@@ -73,13 +73,14 @@ class ExpertWeights(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
     """Where one expert lies on disk: its extents, coalesced into the fewest runs, and every part as a view
-    into them, keyed by (projection, suffix)."""
+    into them, keyed by (projection, suffix). `checksum` is what the manifest says of it, if it does (checksums.py)."""
 
     key: ExpertKey
     extents: tuple[Extent, ...]
     parts: Mapping[tuple[str, str], PartView]
     formats: Mapping[str, QuantFormat]
     shapes: Mapping[str, tuple[int, int]]
+    checksum: str | None = None
 
     @property
     def nbytes(self) -> int:

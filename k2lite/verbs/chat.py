@@ -19,7 +19,9 @@ from k2lite.text.reasoning import END, assistant_message
 from .model_options import (
     add_model_arguments,
     add_sampling_arguments,
+    add_statistics_argument,
     check_sampling_arguments,
+    keep_statistics,
     load_engine,
     sampling_params,
 )
@@ -35,6 +37,7 @@ HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends, Ctrl-C stops an
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_sampling_arguments(parser)
+    add_statistics_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message (default: the template's own)")
 
 
@@ -58,6 +61,7 @@ def execute(args: argparse.Namespace) -> int:
             try:
                 line = _read_line(interactive)
                 if line is None or line in ("/exit", "/quit"):
+                    keep_statistics(args, engine)
                     return 0
                 if line == "/reset":
                     messages = list(start)

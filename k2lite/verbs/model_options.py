@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from k2lite.recording import Recorder
     from k2lite.sampling import SamplingParams
 
+# As in offload/policies.py, which needs numpy; a test compares them. The first is the default.
+POLICIES = ("hazard", "cyclic", "lru", "lfu", "lfru", "static")
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL and how to load it."""
@@ -29,7 +32,69 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantize attention, shared experts and dense layers while loading, to a format of quantize --trunk, such "
         "as int8_g128 (default: keep)",
     )
+    add_memory_arguments(parser)
     add_eps_argument(parser)
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much memory the model may take, and what happens with experts that have no room. None changes a token."""
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="memory the process may take, such as 96GiB (default: what the machine can spare)"
+    )
+    parser.add_argument(
+        "--resident-experts", metavar="N", help="experts that have room in RAM: a share such as 0.2, or a number"
+    )
+    parser.add_argument(
+        "--policy", metavar="NAME", help=f"which experts stay in RAM: {', '.join(POLICIES)} (default: {POLICIES[0]})"
+    )
+    parser.add_argument("--no-prefetch", action="store_true", help="don't read experts ahead on the router's guess")
+    parser.add_argument(
+        "--mirror", type=Path, metavar="DIR", help="a copy of the weight files on another drive; reads are shared"
+    )
+
+
+def add_statistics_argument(parser: argparse.ArgumentParser) -> None:
+    """For verbs that end with `keep_statistics`."""
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help="begin with what routing showed before, and add this run",
+    )
+
+
+def keep_statistics(args: argparse.Namespace, engine: Engine) -> None:
+    """At the end of a run: what its routers chose goes where --statistics says. Raises RequestError."""
+    if args.statistics is not None:
+        from k2lite.learned_routing import keep_in_file
+
+        keep_in_file(engine.experts, engine.config, args.statistics)
+
+
+def memory_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The memory arguments as `k2lite.load` takes them. Raises RequestError."""
+    options: dict[str, Any] = {
+        "ram": args.ram,
+        "prefetch": not args.no_prefetch,
+        "mirror": args.mirror,
+        "statistics": getattr(args, "statistics", None),
+    }
+    if args.policy is not None:
+        options["policy"] = args.policy
+    if args.resident_experts is not None:
+        options["resident_experts"] = _share_or_count(args.resident_experts)
+    return options
+
+
+def _share_or_count(text: str) -> float:
+    from k2lite.quant.errors import RequestError
+
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise RequestError(f"--resident-experts is {text!r}; expected a share such as 0.2, or a number of experts")
 
 
 def add_eps_argument(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +145,7 @@ def load_engine(args: argparse.Namespace, recorder: Recorder | None = None) -> E
         context=args.context,
         latent_norm_eps=args.latent_norm_eps,
         trunk=args.trunk,
+        **memory_options(args),
         recorder=recorder,
     )
     print(f"k2lite: {engine.placement}", file=sys.stderr)

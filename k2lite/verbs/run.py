@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from .model_options import (
     add_model_arguments,
     add_sampling_arguments,
+    add_statistics_argument,
     check_sampling_arguments,
+    keep_statistics,
     load_engine,
     sampling_params,
 )
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("-p", "--prompt", required=True, metavar="TEXT", help="what to say to the model")
     add_sampling_arguments(parser)
+    add_statistics_argument(parser)
     parser.add_argument(
         "--raw", action="store_true", help="TEXT is the prompt itself: no chat template, control tokens allowed"
     )
@@ -49,6 +52,7 @@ def execute(args: argparse.Namespace) -> int:
     for piece in answer:
         if not args.json:
             print(piece, end="", flush=True)
+    keep_statistics(args, engine)
     if args.json:
         print(json.dumps(report(engine, params, prompt_ids, answer)))
     else:

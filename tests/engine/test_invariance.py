@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,6 @@ from hypothesis import given, settings, strategies as st
 import k2lite
 from k2lite.backends.reference import ReferenceBackend
 from k2lite.engine import Chunk
-from k2lite.offload.resident import ResidentSource, _ResidentLease
-from k2lite.quant.types import ExpertWeights
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 from tests.samples import examples
 
@@ -68,24 +64,6 @@ def test_thread_count_changes_no_bit(engine: k2lite.Engine) -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-
-
-class _OneByOneLease(_ResidentLease):
-    """Experts arrive alone and in descending order, the reverse of how they are summed."""
-
-    def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:
-        found = {number: weights for group in super().ready() for number, weights in group.items()}
-        for number in sorted(found, reverse=True):
-            yield {number: found[number]}
-
-
-def test_the_order_of_arrival_changes_no_bit(engine: k2lite.Engine, tiny_folder: Path) -> None:
-    other = k2lite.load(tiny_folder, backend="reference", context=256)
-    source = other.experts
-    assert isinstance(source, ResidentSource)
-    original = source.lease
-    source.lease = lambda layer, experts: _OneByOneLease(source, original(layer, experts)._keys)  # type: ignore
-    assert torch.equal(other.logits(IDS), engine.logits(IDS))
 
 
 @pytest.fixture(scope="module", params=["absorbed", "naive"])

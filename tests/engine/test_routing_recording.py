@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 
 import k2lite
-from k2lite import routing_recording
 from k2lite.engine import Chunk
 from k2lite.errors import RequestError
 from k2lite.offload.routing_trace import TracedModel
@@ -42,7 +42,7 @@ def heard(engine: k2lite.Engine, ids: list[int]) -> dict[int, np.ndarray]:
 def test_the_trace_is_what_the_routers_chose(
     engine: k2lite.Engine, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing_recording, "PREFILL_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(engine, "placement", replace(engine.placement, prefill_chunk_tokens=chunk))
     counted = engine.experts.stats.counts.copy()
     done: list[int] = []
     trace = record_routing(engine, IDS, traced(engine), done.append)

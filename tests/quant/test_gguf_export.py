@@ -14,7 +14,7 @@ import torch
 from k2lite.gguf_metadata import kv_b_heads
 from k2lite.gguf_model import export_metadata
 from k2lite.loading import open_model
-from k2lite.quant import gguf_writer
+from k2lite.quant import conversion, gguf_export, gguf_writer
 from k2lite.quant.errors import CheckpointError, RequestError
 from k2lite.quant.gguf_export import EXPORT_TYPES, ExportProgress, export, plan_export
 from k2lite.quant.gguf_file import read_gguf
@@ -182,18 +182,16 @@ def test_mistakes_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pyt
 
 def test_no_more_than_a_few_blocks_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are read one by one, and their rows in blocks: the largest read says so."""
-    from k2lite.quant import conversion
-
     write_source(tmp_path / "model", "f32")
     sizes = []
-    read = conversion.read_exactly
+    read = conversion.read_direct
 
-    def counted(path: Path, offset: int, buffer: torch.Tensor, what: str) -> None:
-        sizes.append(buffer.nbytes)
-        read(path, offset, buffer, what)
+    def counted(path: Path, offset: int, nbytes: int, what: str) -> torch.Tensor:
+        sizes.append(nbytes)
+        return read(path, offset, nbytes, what)
 
-    monkeypatch.setattr(conversion, "read_exactly", counted)
-    monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1 << 10)
+    monkeypatch.setattr(conversion, "read_direct", counted)
+    monkeypatch.setattr(gguf_export, "BLOCK_WEIGHTS", 1 << 10)
     write(tmp_path / "model", tmp_path / "out.gguf", "q4_0")
     # 128 rows of the widest matrix (384 columns); kv_b_proj, read whole, is [192, 128]
     assert max(sizes) == 128 * 384 * 4

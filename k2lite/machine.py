@@ -1,0 +1,106 @@
+"""The machine that a plan is for: this one, measured, or one that a JSON file describes.
+
+    {"name": "desktop", "ram": "128GB", "ram_gb_per_s": 70, "drive_gb_per_s": 6.5, "tflops": 1,
+     "reserve": "8GB", "vram": "24GB", "vram_gb_per_s": 806, "bus_gb_per_s": 25, "layer_ms": 0.25}
+
+The last five may be left out: no reserve, no accelerator, 0.1 ms a layer. Units are GB/s (1e9) and 1e12 operations/s.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2lite.quant.errors import ConfigError
+from k2lite.quant.file_reading import read_json_object, shown
+
+from .byte_sizes import parse_bytes
+from .speed_model import Bandwidths
+
+_REQUIRED = ("ram", "ram_gb_per_s", "drive_gb_per_s", "tflops")
+_OPTIONAL = ("name", "reserve", "vram", "vram_gb_per_s", "bus_gb_per_s", "layer_ms")
+LAYER_S = 0.1e-3
+_SUM_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`memory_bytes` is what may be taken of RAM, `device_bytes` of an accelerator's memory (0: there is none)."""
+
+    name: str
+    memory_bytes: int
+    device_bytes: int
+    rates: Bandwidths
+
+
+def read_machine(path: Path) -> Machine:
+    """A machine from a file. Raises ConfigError naming the key."""
+    raw = read_json_object(path, ConfigError)
+    unknown = sorted(set(raw) - {*_REQUIRED, *_OPTIONAL})
+    if unknown:
+        raise ConfigError(
+            f"{path}: {', '.join(map(shown, unknown))}: unknown; known: {', '.join(_REQUIRED + _OPTIONAL)}"
+        )
+    for key in _REQUIRED:
+        if key not in raw:
+            raise ConfigError(f"{path}: {key} is missing; a machine has {', '.join(_REQUIRED)}")
+    device = _size(path, raw, "vram")
+    if device and not {"vram_gb_per_s", "bus_gb_per_s"} <= set(raw):
+        raise ConfigError(f"{path}: vram needs vram_gb_per_s and bus_gb_per_s")
+    memory = _size(path, raw, "ram") - _size(path, raw, "reserve")
+    rates = Bandwidths(
+        memory=_number(path, raw, "ram_gb_per_s") * 1e9,
+        drive=_number(path, raw, "drive_gb_per_s") * 1e9,
+        flops=_number(path, raw, "tflops") * 1e12,
+        layer_s=_number(path, raw, "layer_ms") / 1e3 if "layer_ms" in raw else LAYER_S,
+        one_bus=not device,
+        device=_number(path, raw, "vram_gb_per_s") * 1e9 if device else 0.0,
+        bus=_number(path, raw, "bus_gb_per_s") * 1e9 if device else 0.0,
+    )
+    return Machine(str(raw.get("name", path.stem)), max(0, memory), device, rates)
+
+
+def this_machine(memory_bytes: int, drive_bytes_per_s: float) -> Machine:
+    """This machine; memory and arithmetic are measured, in about a second."""
+    rates = Bandwidths(measure_memory(), drive_bytes_per_s, measure_flops(), LAYER_S, one_bus=True)
+    return Machine("this machine", memory_bytes, 0, rates)
+
+
+def measure_memory() -> float:
+    """Bytes a second that all threads together read: the best of a few sums over touched memory."""
+    values = torch.ones(_SUM_BYTES // 4, dtype=torch.float32)
+    return _SUM_BYTES / _best(lambda: values.sum(), 5)
+
+
+def measure_flops() -> float:
+    """Operations a second of a BF16 product as wide as an expert of Kimi-K2's."""
+    x = torch.ones(256, 7168, dtype=torch.bfloat16)
+    weight = torch.ones(2048, 7168, dtype=torch.bfloat16)
+    return 2 * 256 * 7168 * 2048 / _best(lambda: x @ weight.T, 3)
+
+
+def _best(work: Any, times: int) -> float:
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _size(path: Path, raw: dict[str, Any], key: str) -> int:
+    value = raw.get(key, 0)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ConfigError(f'{path}: {key} is {shown(value)}; write it as "128GB" or as bytes')
+    return parse_bytes(value)
+
+
+def _number(path: Path, raw: dict[str, Any], key: str) -> float:
+    value = raw[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ConfigError(f"{path}: {key} is {shown(value)}; supported: a number greater than 0")
+    return float(value)

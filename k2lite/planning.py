@@ -1,0 +1,152 @@
+"""What `k2lite plan` says: bytes by purpose, expected speeds with low, middle and high, what limits, what would help.
+
+From headers or a config alone, and from bandwidths; reads no weights but for measuring the drive. The speeds are what
+memory and drive allow when the backend's arithmetic keeps up with memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .config import ModelConfig
+from .kv_cache import LatentCache
+from .machine import Machine
+from .placement import Placement, WeightBytes, gib, plan_memory, planned_context
+from .quant.errors import MemoryPlanError
+from .quant.types import PROJECTIONS
+from .speed_model import CURVES, Work, decode_speed, prefill_speed, what_would_help
+from .weights import checkpoint_schema
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """`weights` as a plan wants them, and the embedding table, of which a token reads one row."""
+
+    weights: WeightBytes
+    embeddings: int
+
+
+def work_of(config: ModelConfig, model: ModelBytes) -> Work:
+    """What one token moves and computes."""
+    layers = len(config.moe_layers)
+    active = layers * config.num_experts_per_tok
+    schema = checkpoint_schema(config)
+    projections = [schema.projection_shape(name) for name in PROJECTIONS]
+    matrices = [
+        spec.shape for name, spec in schema.trunk.items() if len(spec.shape) == 2 and "embed_tokens" not in name
+    ]
+    elements = sum(out * width for out, width in matrices) + active * sum(out * width for out, width in projections)
+    weights = model.weights
+    return Work(
+        trunk_read=weights.trunk - model.embeddings,
+        expert=weights.experts_bytes / max(weights.experts, 1),
+        experts=weights.experts,
+        active=active,
+        layers=config.num_hidden_layers,
+        flops_per_token=2 * elements,
+    )
+
+
+def plan_report(
+    config: ModelConfig,
+    model: ModelBytes,
+    machine: Machine,
+    *,
+    backend: str,
+    arithmetic: str,
+    context: int | None,
+) -> dict[str, Any]:
+    """The plan as --json prints it: bytes, speeds in tokens/s. Raises MemoryPlanError, ContextLengthError."""
+    tokens = planned_context(config, context)
+    weights, on_device = model.weights, 0.0
+    if machine.device_bytes:
+        # with an accelerator the trunk and KV lie there, and experts in what is left of it
+        first = weights.trunk + LatentCache.nbytes_for(config, tokens)
+        if first > machine.device_bytes:
+            raise MemoryPlanError(
+                f"{weights.where}: trunk and KV for {tokens} tokens are {gib(first)}, and the accelerator of "
+                f"{machine.name} has {gib(machine.device_bytes)}; a smaller --context needs less"
+            )
+        on_device = float(machine.device_bytes - first)
+        placement = plan_memory(
+            config, replace(weights, trunk=0), backend, arithmetic, context=tokens, budget=machine.memory_bytes
+        )
+    else:
+        placement = plan_memory(config, weights, backend, arithmetic, context=tokens, budget=machine.memory_bytes)
+    facts: dict[str, Any] = {
+        "machine": {"name": machine.name, "memory_bytes": machine.memory_bytes, "device_bytes": machine.device_bytes}
+        | asdict(machine.rates),
+        "bytes": _bytes(placement, model, on_device),
+        "chunk_tokens": placement.prefill_chunk_tokens,
+    }
+    return facts | (speeds(config, model, machine, placement, on_device) if weights.experts else {})
+
+
+def speeds(
+    config: ModelConfig, model: ModelBytes, machine: Machine, placement: Placement, on_device: float = 0.0
+) -> dict[str, Any]:
+    """Predicted decode and prefill speeds of a placement."""
+    work = work_of(config, model)
+    held = min(placement.slots - placement.ring_slots, placement.experts) * work.expert
+    held = min(held, work.experts * work.expert - on_device)
+    decode = {curve: decode_speed(work, machine.rates, curve, held=held, on_device=on_device) for curve in CURVES}
+    chunk = placement.prefill_chunk_tokens
+    return {
+        "decode": {curve: asdict(found) for curve, found in decode.items()},
+        "prefill_tok_s": {
+            str(tokens): prefill_speed(work, machine.rates, min(tokens, chunk), held=held, on_device=on_device)
+            for tokens in (128, 512, 2048, 8192)
+        },
+        "limit": decode["middle"].limit,
+        "would_help": what_would_help(work, machine.rates, held=held, on_device=on_device),
+    }
+
+
+def _bytes(placement: Placement, model: ModelBytes, on_device: float) -> dict[str, Any]:
+    return {
+        "trunk": model.weights.trunk,
+        "embeddings": model.embeddings,
+        "experts_all": placement.experts_bytes,
+        "experts": placement.experts,
+        "slots": placement.slots,
+        "arena": placement.arena_bytes,
+        "experts_on_device": int(on_device),
+        "kv": placement.kv_bytes,
+        "step": placement.transient_bytes,
+        "headroom": placement.headroom_bytes,
+        "context_tokens": placement.context_tokens,
+        "drive": placement.experts_bytes - min(placement.arena_bytes + int(on_device), placement.experts_bytes),
+    }
+
+
+def as_text(name: str, facts: dict[str, Any]) -> str:
+    """The plan as a person reads it."""
+    machine, size = facts["machine"], facts["bytes"]
+    trunk_at = "accelerator" if machine["device_bytes"] else "RAM"
+    lines = [
+        f"{name} on {machine['name']}: memory {gib(machine['memory_bytes'])} at {machine['memory'] / 1e9:.1f} GB/s, "
+        f"drive {machine['drive'] / 1e9:.2f} GB/s",
+        f"  trunk       {gib(size['trunk'])} in {trunk_at}, KV for {size['context_tokens']} tokens {gib(size['kv'])}",
+        f"  experts     {gib(size['experts_all'])}: {size['slots']} of {size['experts']} in RAM "
+        f"({gib(size['arena'])}), "
+        + (f"{gib(size['experts_on_device'])} on the accelerator, " if machine["device_bytes"] else "")
+        + f"{gib(size['drive'])} on the drive only",
+        f"  besides     a step {gib(size['step'])} (prompts in chunks of {facts['chunk_tokens']} tokens), "
+        f"headroom {gib(size['headroom'])}",
+    ]
+    if "decode" not in facts:
+        return "\n".join(lines)
+    lines.append("  decode      tok/s       hit rate   from the drive a token   nothing overlaps .. everything")
+    for curve, found in facts["decode"].items():
+        lines.append(
+            f"    {curve:<8}  {found['best']:8.2f}    {found['hit_rate']:7.1%}    "
+            f"{found['missing_bytes'] / 1e9:10.2f} GB            {found['serial']:8.2f} .. {found['perfect']:.2f}"
+        )
+    prefill = ", ".join(f"{tokens} tokens {rate:.1f}" for tokens, rate in facts["prefill_tok_s"].items())
+    lines.append(f"  prefill     tok/s for a prompt of {prefill}")
+    lines.append(f"  limit       {facts['limit']}")
+    ranked = sorted(facts["would_help"].items(), key=lambda item: -item[1])
+    lines.append("  would help  " + ", ".join(f"{what} x {factor:.2f}" for what, factor in ranked))
+    lines.append("  speeds are what memory and drive allow; a backend whose arithmetic is slower than memory is slower")
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""What speed bytes and bandwidths allow: hit rates, the time a token takes, what limits it.
+
+Three hit curves stand for what is not known before a model has run: the router's habits. Sources: facts/routing.md
+section 4 and shared/proofs/speed_model.py, whose formulas these are. Knows no files and no devices; times in seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Curve = Literal["low", "middle", "high"]
+CURVES: tuple[Curve, ...] = ("low", "middle", "high")
+
+# Share of experts in memory, and the share of uses that find theirs there: low as a GLM-5.2 engine measured, middle
+# as Kimi-Linear's trace under LRU, high as DeepSeek-V4.1's trace.
+_SHARES = (0.0, 0.02, 0.035, 0.05, 0.074, 0.10, 0.15, 0.20, 0.25, 0.30, 0.40, 0.50, 0.70, 0.85, 1.0)
+_HITS: dict[Curve, tuple[float, ...]] = {
+    "low": (0, 0.10, 0.17, 0.24, 0.40, 0.46, 0.55, 0.62, 0.68, 0.73, 0.80, 0.86, 0.93, 0.97, 1),
+    "middle": (0, 0.21, 0.34, 0.42, 0.50, 0.545, 0.622, 0.684, 0.735, 0.778, 0.844, 0.89, 0.946, 0.98, 1),
+    "high": (0, 0.27, 0.40, 0.50, 0.59, 0.66, 0.74, 0.81, 0.85, 0.88, 0.92, 0.945, 0.975, 0.99, 1),
+}
+# The next layer's router on this layer's state: share of choices it names, and share of its names that are right.
+_RECALL, _PRECISION = 0.65, 0.80
+# Kimi-K2: share of a layer's experts that a chunk of so many tokens touches.
+_CHUNKS = (1.0, 16.0, 64.0, 256.0, 512.0, 2048.0, 8192.0, 32768.0)
+_TOUCHED = (8 / 384, 0.23, 0.40, 0.69, 0.80, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Bandwidths:
+    """Bytes a second of memory, of the drive, of the accelerator's memory and of the way there (0 without one), and
+    operations a second in long prompts. `layer_s` is what a layer costs beside its bytes. With `one_bus` all that is
+    computed comes from the same memory: no accelerator, or one that shares it."""
+
+    memory: float
+    drive: float
+    flops: float
+    layer_s: float
+    one_bus: bool
+    device: float = 0.0
+    bus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one token moves, in bytes, and how many experts of how many it needs. `active` of all layers together."""
+
+    trunk_read: float
+    expert: float
+    experts: int
+    active: int
+    layers: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Speed of writing one token after another. `serial`, `best`, `perfect` in tokens/s: nothing overlaps; reads
+    overlap arithmetic inside a layer, or are issued a layer ahead where that pays; everything overlaps."""
+
+    hit_rate: float
+    missing_bytes: float
+    device_s: float
+    memory_s: float
+    drive_s: float
+    serial: float
+    best: float
+    perfect: float
+
+    @property
+    def limit(self) -> str:
+        """What takes longest."""
+        times = {"the drive": self.drive_s, "memory": self.memory_s, "the accelerator": self.device_s}
+        return max(times, key=lambda name: times[name])
+
+
+def hit_rate(curve: Curve, share: float) -> float:
+    """Uses that find their expert, for a share of all experts in memory; linear between the known points."""
+    return _between(min(max(share, 0.0), 1.0), _SHARES, _HITS[curve])
+
+
+def touched_share(tokens: int) -> float:
+    """Experts of a layer that a chunk of a prompt touches."""
+    return _between(float(min(max(tokens, 1), _CHUNKS[-1])), _CHUNKS, _TOUCHED)
+
+
+def decode_speed(work: Work, rates: Bandwidths, curve: Curve, *, held: float, on_device: float = 0.0) -> Decode:
+    """`held` bytes of experts in memory, `on_device` in the accelerator's."""
+    bank = work.experts * work.expert
+    at_device = hit_rate(curve, on_device / bank) if on_device > 0 else 0.0
+    found = hit_rate(curve, (on_device + held) / bank)
+    needed = work.active * work.expert
+    missing = needed * (1 - found)
+    overhead = work.layers * rates.layer_s
+    if rates.one_bus:
+        # reading from the drive writes memory once more
+        memory_s = (work.trunk_read + needed + missing) / rates.memory + overhead
+        device_s, beside_s = 0.0, 0.0
+        first_s = memory_s
+    else:
+        device_s = work.trunk_read / rates.device + at_device * needed / rates.device + overhead
+        memory_s = beside_s = (needed * (1 - at_device) + missing) / rates.memory
+        first_s = device_s
+    drive_s = missing / rates.drive
+    inside = first_s + max(beside_s, drive_s)
+    more = 1 + _RECALL * (1 / _PRECISION - 1)
+    ahead = max(first_s + max(beside_s, (1 - _RECALL) * drive_s), more * drive_s)
+    return Decode(
+        hit_rate=found,
+        missing_bytes=missing,
+        device_s=device_s,
+        memory_s=memory_s,
+        drive_s=drive_s,
+        serial=1 / (first_s + beside_s + drive_s),
+        best=1 / min(inside, ahead),
+        perfect=1 / max(first_s, beside_s, drive_s),
+    )
+
+
+def prefill_speed(work: Work, rates: Bandwidths, tokens: int, *, held: float, on_device: float = 0.0) -> float:
+    """Tokens/s of reading a prompt in chunks of `tokens`: each expert that is touched is read once a chunk."""
+    bank = work.experts * work.expert
+    touched = bank * touched_share(tokens)
+    drive_s = (1 - min(1.0, (held + on_device) / bank)) * touched / rates.drive
+    if rates.one_bus:
+        carry_s = (touched + work.trunk_read) / rates.memory
+    else:
+        carry_s = (1 - on_device / bank) * touched / rates.bus
+    return tokens / max(drive_s, carry_s, tokens * work.flops_per_token / rates.flops)
+
+
+def what_would_help(work: Work, rates: Bandwidths, *, held: float, on_device: float = 0.0) -> dict[str, float]:
+    """Factors on decode speed (middle curve) of twice the memory, a drive twice as fast, memory twice as fast."""
+    now = decode_speed(work, rates, "middle", held=held, on_device=on_device).best
+    bank = work.experts * work.expert
+    return {
+        "twice the memory for experts": decode_speed(
+            work, rates, "middle", held=min(2 * held, bank - on_device), on_device=on_device
+        ).best
+        / now,
+        "a drive twice as fast": decode_speed(
+            work, replace(rates, drive=2 * rates.drive), "middle", held=held, on_device=on_device
+        ).best
+        / now,
+        "memory twice as fast": decode_speed(
+            work, replace(rates, memory=2 * rates.memory), "middle", held=held, on_device=on_device
+        ).best
+        / now,
+    }
+
+
+def _between(x: float, xs: tuple[float, ...], ys: tuple[float, ...]) -> float:
+    after = bisect_right(xs, x)
+    if after >= len(xs):
+        return ys[-1]
+    x0, x1, y0, y1 = xs[after - 1], xs[after], ys[after - 1], ys[after]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)

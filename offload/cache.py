@@ -1,0 +1,385 @@
+"""Which expert is in which slot, and who may use it when.
+
+Slots are of two kinds. Most hold the experts that the policy keeps (resident); a few, the ring, hold what only passes
+through: the experts of a long prompt, and what was read on a guess. An expert in the ring becomes resident by changing
+places with a victim: no byte is copied. All bookkeeping is done in the thread that leases; readers' threads only fill
+slots and put what they finished on a queue. Never sees arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from k2lite.quant.types import ExpertKey, ExpertWeights
+
+from .arrivals import Arrivals
+from .governor import PrefetchGovernor
+from .lease import CacheLease
+from .policies import Policy
+from .policy import State
+from .predictor import Predictor
+from .slots import Arena
+from .source import ExpertSource, Lease, SourceCounters
+from .statistics import RouterStats
+from .store import ExpertRead, ExpertStore
+from .uninterrupted import uninterrupted
+
+# A guess that is wrong more often than not costs more than it hides.
+MIN_CHANCE = 0.5
+
+
+@dataclass(eq=False)
+class Held:
+    """An expert that has a slot: on its way while `read` is set, readable once `weights` is. `pins` counts leases."""
+
+    key: ExpertKey
+    slot: int
+    in_ring: bool
+    read: ExpertRead | None = None
+    weights: ExpertWeights | None = None
+    error: Exception | None = None
+    pins: int = 0
+    is_guess: bool = False  # read on a guess and not asked for since
+
+
+# The contract of a lease, each sentence a test in tests/offload/test_lease.py:
+# * A lease is a context manager and is released exactly once, at the end of its block.
+# * Its views are valid until then; in a lease of more experts than there is room for, or with less than all to keep,
+#   a group's views are valid until the next group is asked for. Asking a released lease for more is a programmer's
+#   error (RuntimeError).
+# * `ready` yields every expert asked for exactly once, resident ones first, the rest as they arrive.
+# * All misses that have a slot are submitted when the lease is made, before the first group is asked for.
+# * Prefetch takes no lease, may be refused, and never takes a slot from a leased or a resident expert.
+# * More experts than slots come in waves; where not even one slot can be had, it is MemoryPlanError, never a dead-lock.
+# * A failed read raises in the thread that leases, naming file, layer and expert; the cache stays usable.
+# * Each expert asked for is counted once.
+class ExpertCache(ExpertSource):
+    """Experts of `layers` in an arena of which the last `ring` slots are the ring. `shrink` leaves `fewest` slots."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        arena: Arena,
+        layers: Sequence[int],
+        n_routed_experts: int,
+        *,
+        policy: Policy,
+        ring: int,
+        fewest: int = 1,
+        prefetch_width: int = 0,
+    ) -> None:
+        self.stats = RouterStats(layers, n_routed_experts)
+        self.policy = policy
+        self.predictor = Predictor(self.stats)
+        self.arena = arena
+        self.store = store
+        self._row = {layer: row for row, layer in enumerate(layers)}
+        self._layers = tuple(layers)
+        self._table: dict[ExpertKey, Held] = {}
+        self._free = list(range(arena.slots - ring))[::-1]
+        self._ring = list(range(arena.slots - ring, arena.slots))[::-1]
+        self._slots_left, self._fewest = arena.slots, fewest
+        self._residents = self._pinned_residents = self._reading = 0
+        self._arrivals = Arrivals()
+        self._counters = SourceCounters()
+        self.governor = PrefetchGovernor(min(prefetch_width, ring), self._counters.prefetch)
+        self._leased = _Leased(self)
+        self._last: tuple[int, list[int]] | None = None  # the row that was observed last in decode, and its choice
+
+    @property
+    def counters(self) -> SourceCounters:  # type: ignore[override]
+        self._counters.read_s = self.store.busy_s
+        return self._counters
+
+    @property
+    def resident_experts(self) -> int:
+        """Experts that a lease would find, the ring not counted."""
+        return self._residents
+
+    # -- what the model calls ----------------------------------------------------------------------------------
+
+    @uninterrupted()
+    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:
+        super().observe(layer, ids, weights)
+        row = self._row[layer]
+        if row == 0:
+            self.governor.token_over()
+        rows = ids if recent is None else ids[-recent:]
+        chosen = torch.unique(rows).tolist()
+        self.policy.observe(row, chosen)
+        if recent is None:
+            self.predictor.observe(row, chosen)
+        self._last = (row, chosen) if recent is None else None
+
+    def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
+        keys = [ExpertKey(layer, expert) for expert in experts]
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"layer {layer}: an expert is asked for twice in one lease: {sorted(experts)}")
+        self._counters.requested_experts += len(keys)
+        self.collect()
+        lease = CacheLease(self, keys, None if keep is None else {ExpertKey(layer, expert) for expert in keep})
+        if self._last is not None and self._last[0] == len(self._layers) - 1 and self.wants_hint(self._layers[0]):
+            self._read_ahead(0, None, None)  # no router can say what the next token's first layer will use
+        return lease
+
+    def wants_hint(self, layer: int) -> bool:
+        return layer in self._row and self.governor.width > 0
+
+    @uninterrupted()
+    def hint(self, layer: int, ranked: Sequence[int]) -> None:
+        row = self._row[layer]
+        before = self._last[1] if self._last is not None and self._last[0] == row - 1 else None
+        self._read_ahead(row, before, ranked)
+
+    def learned(self) -> dict[str, State]:
+        return {
+            f"policy.{self.policy.name}": self.policy.state(),
+            "router": self.stats.state(),
+            "predictor": self.predictor.state(),
+        }
+
+    @uninterrupted()
+    def recall(self, learned: Mapping[str, State]) -> None:
+        for name, owner in ((f"policy.{self.policy.name}", self.policy), ("router", self.stats)):
+            if name in learned:
+                owner.restore(learned[name])
+        if "predictor" in learned:
+            self.predictor.restore(learned["predictor"])
+
+    @uninterrupted()
+    def shrink(self, slots: int) -> int:
+        self.collect()
+        done = 0
+        while done < slots and self._slots_left > self._fewest:
+            if self._free:
+                slot = self._free.pop()
+            elif self._residents > self._pinned_residents:
+                slot = self._evict(self.policy.victim(self._leased))
+            else:
+                break
+            self.arena.give_back(slot)
+            self._slots_left -= 1
+            done += 1
+        return done
+
+    def close(self) -> None:
+        self.store.close()
+
+    # -- what a lease calls ------------------------------------------------------------------------------------
+
+    def pin(self, key: ExpertKey) -> Held | None:
+        """Lease an expert that has a slot already, and count what it is."""
+        held = self._table.get(key)
+        if held is None:
+            return None
+        if held.is_guess:
+            held.is_guess = False
+            if held.weights is not None:
+                self._counters.prefetch.useful += 1
+            else:
+                self._counters.prefetch.late += 1
+        elif held.weights is not None and not held.in_ring:
+            self._counters.hit_experts += 1
+        if held.read is not None:
+            self.store.hasten(held.read)
+        self._pin(held)
+        return held
+
+    def fetch(self, key: ExpertKey, *, keep: bool) -> Held | None:
+        """Lease an expert that has no slot: begin to read it. None if no slot is to be had now."""
+        if self._free:
+            return self._pinned_read(key, self._free.pop(), in_ring=False)
+        if keep and self._residents > self._pinned_residents:
+            return self._pinned_read(key, self._evict(self.policy.victim(self._leased)), in_ring=False)
+        if not self._ring:
+            self._drop_guesses()
+        if self._ring:
+            return self._pinned_read(key, self._ring.pop(), in_ring=True)
+        if self._residents > self._pinned_residents and not self._reading:
+            # a ring that other leases hold, or none: better a lost resident than a lease that can't be served
+            return self._pinned_read(key, self._evict(self.policy.victim(self._leased)), in_ring=False)
+        return None
+
+    @uninterrupted()
+    def keep(self, held: Held) -> None:
+        """A leased expert that came into the ring (it was a guess) becomes resident: it changes places with a free
+        slot or a victim, if there is one."""
+        if not held.in_ring or held.weights is None:
+            return
+        if self._free:
+            self._ring.append(self._free.pop())
+        elif self._residents > self._pinned_residents:
+            self._ring.append(self._evict(self.policy.victim(self._leased)))
+        else:
+            return
+        held.in_ring = False
+        self._admit(held)
+
+    def unpin(self, held: Held) -> None:
+        """End a lease of an expert; what was only passing through leaves."""
+        held.pins -= 1
+        if held.pins:
+            return
+        if not held.in_ring and held.weights is not None:
+            self._pinned_residents -= 1
+        if held.in_ring and held.weights is not None:
+            self._drop(held)
+
+    @uninterrupted()
+    def read_on(self, layer: int, asked: int) -> None:
+        """A prompt has nothing left to ask of `layer`, of whose experts it used `asked`: of the next layer it will use
+        as large a share, so the drive goes on there while this layer computes."""
+        row, n_experts = self._row[layer] + 1, self.stats.counts.shape[1]
+        if row == len(self._layers) or asked < MIN_CHANCE * n_experts or not self.governor.allows_any:
+            return
+        for expert in np.argsort(-self.stats.counts[row], kind="stable").tolist():
+            if not self._ring:
+                return
+            key = ExpertKey(self._layers[row], expert)
+            if key not in self._table:
+                self._guess(key)
+
+    @uninterrupted()
+    def settle(self, layer: int) -> None:
+        """The layer's experts are known now: guesses that were wrong make room."""
+        for held in [held for held in self._table.values() if held.is_guess and held.key.layer == layer]:
+            self._drop_guess(held)
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Take note of what the readers have finished; with `wait`, of at least one read."""
+        if wait:
+            began = time.perf_counter()
+            self._arrivals.wait()
+            self._counters.wait_s += time.perf_counter() - began
+        with uninterrupted():
+            for read in self._arrivals.take():
+                self._finish(read)
+
+    @property
+    def is_reading(self) -> bool:
+        return self._reading > 0
+
+    @property
+    def room(self) -> str:
+        """How the slots are used, for a message."""
+        return (
+            f"{self.arena.slots} slots: {self._pinned_residents} leased, {self._residents - self._pinned_residents} "
+            f"resident, {len(self._free) + len(self._ring)} free"
+        )
+
+    # -- bookkeeping -------------------------------------------------------------------------------------------
+
+    def _read_ahead(self, row: int, before: Sequence[int] | None, ranked: Sequence[int] | None) -> None:
+        """Begin to read the likeliest experts of a layer into free places of the ring."""
+        self.collect()
+        left = self.governor.width
+        for expert, chance in self.predictor.guesses(row, before, ranked):
+            if not left or not self._ring or chance < MIN_CHANCE:
+                return
+            key = ExpertKey(self._layers[row], expert)
+            if key in self._table:
+                continue
+            left -= 1
+            self._guess(key)
+
+    def _guess(self, key: ExpertKey) -> None:
+        self._counters.prefetch.issued += 1
+        self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
+
+    def _pinned_read(self, key: ExpertKey, slot: int, *, in_ring: bool) -> Held:
+        held = self._begin(key, slot, in_ring=in_ring)
+        held.pins += 1
+        return held
+
+    def _begin(self, key: ExpertKey, slot: int, *, in_ring: bool, is_guess: bool = False) -> Held:
+        held = Held(key, slot, in_ring, is_guess=is_guess)
+        try:
+            held.read = self.store.start(key, self.arena, slot, self._arrivals.notify, urgent=not is_guess)
+        except BaseException:
+            self._return_slot(held)
+            raise
+        self._table[key] = held
+        self._reading += 1
+        return held
+
+    def _finish(self, read: ExpertRead) -> None:
+        held = self._table[read.key]
+        self._reading -= 1
+        held.read = None
+        if read.weights is None:
+            if held.is_guess and read.error is not None:
+                self._counters.prefetch.failed += 1
+            held.error = read.error
+            self._forget(held)
+            return
+        self._counters.read_experts += 1
+        self._counters.read_bytes += read.nbytes
+        held.weights = read.weights
+        if not held.in_ring:
+            self._admit(held)
+        elif not held.pins and not held.is_guess:
+            self._drop(held)  # its lease has gone
+
+    def _pin(self, held: Held) -> None:
+        held.pins += 1
+        if held.pins == 1 and not held.in_ring and held.weights is not None:
+            self._pinned_residents += 1
+
+    def _admit(self, held: Held) -> None:
+        self._residents += 1
+        self._pinned_residents += held.pins > 0
+        self.policy.admit(self._row[held.key.layer], held.key.expert)
+
+    def _evict(self, victim: tuple[int, int]) -> int:
+        row, expert = victim
+        held = self._table.pop(ExpertKey(self._layers[row], expert))
+        if held.pins or held.in_ring or held.weights is None:
+            raise RuntimeError(f"the policy {self.policy.name} evicts {held.key}, which is leased or not resident")
+        self.policy.evict(row, expert)
+        self._residents -= 1
+        self._counters.evicted_experts += 1
+        return held.slot
+
+    def _drop_guesses(self) -> None:
+        for held in [held for held in self._table.values() if held.is_guess]:
+            self._drop_guess(held)
+
+    def _drop_guess(self, held: Held) -> None:
+        if held.read is not None:
+            if not held.read.cancelled:
+                self._counters.prefetch.wasted += 1
+                self.store.cancel(held.read)
+            return
+        self._counters.prefetch.wasted += 1
+        self._counters.prefetch.wasted_bytes += self.arena.slot_bytes
+        self._drop(held)
+
+    def _drop(self, held: Held) -> None:
+        self._forget(held)
+        held.weights = None
+
+    def _forget(self, held: Held) -> None:
+        del self._table[held.key]
+        self._return_slot(held)
+
+    def _return_slot(self, held: Held) -> None:
+        (self._ring if held.in_ring else self._free).append(held.slot)
+
+
+class _Leased:
+    """The experts that may not be evicted, as (row of the layer, expert)."""
+
+    def __init__(self, cache: ExpertCache) -> None:
+        self._table = cache._table
+        self._layers = cache._layers
+
+    def __contains__(self, item: object) -> bool:
+        if not isinstance(item, tuple):
+            return False
+        held = self._table.get(ExpertKey(self._layers[item[0]], item[1]))
+        return held is not None and held.pins > 0
