@@ -11,7 +11,7 @@ from k2lite.backends.base import Backend
 from k2lite.backends.registry import AUTO, open_backend
 from k2lite.offload.resident import ResidentSource
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import CheckpointError, TokenizerError
+from k2lite.quant.errors import CheckpointError, RequestError, TokenizerError
 from k2lite.quant.quantization_config import parse_quantization_config
 
 from .config import ModelConfig, read_config
@@ -38,17 +38,21 @@ def load(
     backend: str | Backend = AUTO,
     context: int | None = None,
     latent_norm_eps: float | None = None,
+    activations: str | None = None,
+    threads: int | None = None,
 ) -> Engine:
     """Load a model folder and return an engine that is ready to generate.
 
     backend: a name (`k2lite.backends.registry.BACKEND_NAMES`, or "auto") or a Backend.
     context: tokens that one sequence may hold, prompt and answer; by default the model's limit or 32,768.
     latent_norm_eps: eps of the norms of MLA's two latents; by default 1e-6, as in Hugging Face's code.
+    activations: what the CPU backend rounds the inputs of integer weights to, "int8" (default) or "bf16".
+    threads: of the CPU backend; by default the processors that this process may use.
 
     Raises K2LiteError's children; see k2lite.errors."""
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
-    device = open_backend(backend) if isinstance(backend, str) else backend
+    device = _device(backend, activations, threads)
     placement = plan_placement(config, checkpoint, device, context_tokens=context)
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:
@@ -69,3 +73,11 @@ def load(
         recommended_sampling=recommended,
         tokenizer=tokenizer,
     )
+
+
+def _device(backend: str | Backend, activations: str | None, threads: int | None) -> Backend:
+    if isinstance(backend, str):
+        return open_backend(backend, activations=activations, threads=threads)
+    if activations is not None or threads is not None:
+        raise RequestError("activations and threads are options of a backend that load() opens by name")
+    return backend

@@ -17,9 +17,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", type=Path, nargs="?", help="a model folder, as downloaded (default: the demo model)"
     )
-    parser.add_argument("--backend", default="auto", help="what multiplies: auto, reference (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", help="what multiplies: auto, cpu, reference (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
+    )
+    parser.add_argument(
+        "--activations",
+        metavar="FORMAT",
+        help="what inputs of integer weights are rounded to on the CPU: int8, or bf16: slower, finer (default: int8)",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads that multiply on the CPU (default: what the process may use)"
     )
     add_eps_argument(parser)
 
@@ -66,7 +74,14 @@ def load_engine(args: argparse.Namespace) -> Engine:
     if args.model is None:
         print("k2lite: no MODEL is named, so the demo model answers: a small Kimi-K2 of k2lite's own", file=sys.stderr)
     folder = args.model or DEMO_FOLDER
-    engine = load(folder, backend=args.backend, context=args.context, latent_norm_eps=args.latent_norm_eps)
+    engine = load(
+        folder,
+        backend=args.backend,
+        context=args.context,
+        latent_norm_eps=args.latent_norm_eps,
+        activations=args.activations,
+        threads=args.threads,
+    )
     print(f"k2lite: {engine.placement}", file=sys.stderr)
     return engine
 
