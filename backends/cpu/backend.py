@@ -5,20 +5,23 @@ Invariant: a token's result has the same bits for any batch, chunk, thread count
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from k2lite.backends.base import DONE, Backend, Capabilities, Event, Memory
+from k2lite.backends.base import DONE, Assignment, Backend, Capabilities, Event, Memory
 from k2lite.backends.host_memory import host_memory
 from k2lite.quant.errors import RequestError
 from k2lite.quant.formats import FORMAT_NAMES
-from k2lite.quant.types import QuantTensor
+from k2lite.quant.types import ExpertWeights, QuantTensor
 
 from .activations import prepare, prepared_bytes
 from .compiler import compile_all
 from .compute_team import ComputeTeam
+from .expert_table import expert_table, one_preparation
+from .experts import down, expert_scratch_bytes, gate_up, silu_rows
 from .int_linear import ROWS
 from .matrix import IN, OUT, matrix_fields, preparation
 from .multiply import linear_rows, multiply, multiply_scratch_bytes
@@ -73,6 +76,55 @@ class CpuBackend(Backend):
         self._team.launch(linear_rows, arguments, tasks, multiply_scratch_bytes(fields[IN]))
         return out
 
+    def mlp(self, x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        x = _rows(x)
+        if not len(x):
+            return torch.empty(0, weights.down_proj.shape[0])
+        out = torch.empty(len(x), 1, weights.down_proj.shape[0])
+        if one_preparation(weights, self._rounded):
+            rows = torch.arange(len(x))
+            self._experts(x, [Assignment(weights, rows, torch.zeros_like(rows))], out)
+            return out[:, 0]
+        return self.linear(self._swiglu(x, weights), weights.down_proj)
+
+    def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
+        x = _rows(x)
+        for group in _alike([item for item in work if len(item.rows)]):
+            if one_preparation(group[0].expert, self._rounded):
+                self._experts(x, group, out)
+            else:
+                super().expert_ffn(x, group, out)
+        return DONE
+
+    def _experts(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> None:
+        """Experts of equal shapes and formats."""
+        gate = matrix_fields(work[0].expert.gate_proj, self._rounded)
+        counts = [len(item.rows) for item in work]
+        if sum(counts) < len(x):  # a few experts of a large batch: only their tokens
+            wanted = torch.cat([item.rows for item in work])
+            prepared = self._prepare(x[wanted], preparation(gate, self._rounded))
+            places = np.split(addresses(prepared), np.cumsum(counts)[:-1])
+        else:
+            prepared = self._prepare(x, preparation(gate, self._rounded))
+            each = addresses(prepared)
+            places = [each[item.rows.numpy()] for item in work]
+        table = expert_table(work, places, out, self._rounded)
+        entries, scratch = table.entries.ctypes.data, expert_scratch_bytes(table.hidden, table.width)
+        blocks = -(-table.width // ROWS)
+        arguments = [multiply.address, entries, blocks, table.width, table.inner_how, table.inner_bytes, table.inner_groups]
+        self._team.launch(gate_up, arguments, len(work) * blocks, scratch)
+        blocks = -(-out.shape[-1] // ROWS)
+        self._team.launch(down, [multiply.address, entries, blocks], len(work) * blocks, scratch)
+
+    def _swiglu(self, x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
+        width = weights.gate_proj.shape[0]
+        padded = [torch.zeros(len(x), -(-width // 32) * 32) for _ in range(2)]
+        for rows, weight in zip(padded, (weights.gate_proj, weights.up_proj), strict=True):
+            rows[:, :width] = self.linear(x, weight)
+        gate, up = (rows.data_ptr() for rows in padded)
+        self._team.launch(silu_rows, [gate, up, gate], padded[0].numel() // 32)
+        return padded[0][:, :width]
+
     def _prepare(self, x: torch.Tensor, how: int) -> torch.Tensor:
         """Each row of x as kernels take it: uint8 [T, bytes]."""
         prepared = torch.empty(len(x), prepared_bytes(x.shape[1], how), dtype=torch.uint8)
@@ -80,6 +132,15 @@ class CpuBackend(Backend):
         arguments = [rows.ctypes.data, x.shape[1], prepared.data_ptr(), prepared.shape[1], how]
         self._team.launch(prepare, arguments, len(x))
         return prepared
+
+
+def _alike(work: Sequence[Assignment]) -> list[list[Assignment]]:
+    """Assignments by their experts' formats and shapes, which decide the kernels' path."""
+    groups: dict[object, list[Assignment]] = {}
+    for item in work:
+        key = tuple((weight.format, weight.shape) for weight in item.expert)
+        groups.setdefault(key, []).append(item)
+    return list(groups.values())
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

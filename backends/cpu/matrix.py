@@ -5,6 +5,9 @@ Invariant: the bytes are the checkpoint's own, at any multiple of 8 (rows of odd
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from k2lite.quant.packed_int import PackedInt
 from k2lite.quant.types import QuantTensor
 
@@ -16,6 +19,8 @@ from .int_tiles import G32, G64, G128, ROW
 BY_INT4, BY_INT8, BY_BF16, BY_FP8, BY_FLOATS = range(5)
 # The fields of a matrix, 64-bit integers.
 PATH, CODES, SCALES, OUT, IN, LAYOUT, CODE_ROW, SCALE_ROW, VALUES, FIELDS = range(10)
+
+Integers = npt.NDArray[np.int64]
 
 _LAYOUTS = {32: G32, 64: G64, 128: G128, None: ROW}
 _VALUES = {"bf16": BF16_VALUES, "f16": F16_VALUES, "f32": F32_VALUES}
