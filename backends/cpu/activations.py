@@ -32,6 +32,7 @@ from .vector import (
     declared,
     load_first,
     offset,
+    outlined,
     pick,
     shuffle,
     splat,
@@ -98,7 +99,7 @@ def _quantize(bits):
         store(b, offset(b, quad, CORRECTIONS), broadcast(b, correction, I32X4.count))
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 4), codegen
+    return types.none(*[types.int64] * 4), outlined(f"k2lite_quantize{bits}", codegen)
 
 
 @intrinsic
@@ -131,7 +132,7 @@ def _spread(rounded):
         store(b, offset(b, target, 64), shuffle(b, *values, ODD))
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 3), codegen
+    return types.none(*[types.int64] * 3), outlined(f"k2lite_spread{int(rounded)}", codegen)
 
 
 @intrinsic

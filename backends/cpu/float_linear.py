@@ -143,10 +143,8 @@ def _piece(matrix, first, stop, column, width, table, at, count, scratch):
         n1, n2, n3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
         if path == BY_FLOATS:
             made, blocks = scratch + _FLOATS, whole + (rest > 0)
-            row_to_floats(matrix, row, column, blocks, made, 0, scratch + _ENDS)
-            row_to_floats(matrix, n1, column, blocks, made + PIECE * 4, 0, scratch + _ENDS)
-            row_to_floats(matrix, n2, column, blocks, made + PIECE * 8, 0, scratch + _ENDS)
-            row_to_floats(matrix, n3, column, blocks, made + PIECE * 12, 0, scratch + _ENDS)
+            for r in range(4):
+                row_to_floats(matrix, min(row + r, last), column, blocks, made + PIECE * 4 * r, 0, scratch + _ENDS)
             _tile(path, made, made + PIECE * 4, made + PIECE * 8, made + PIECE * 12, table, at, count, blocks, sums)
             continue
         r0, r1, r2, r3 = start + row * code_row, start + n1 * code_row, start + n2 * code_row, start + n3 * code_row

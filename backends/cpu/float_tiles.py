@@ -29,6 +29,7 @@ from .vector import (
     fma,
     load,
     offset,
+    outlined,
     pick,
     shuffle,
     splat,
@@ -99,7 +100,7 @@ def _tile(kind, tokens):
             store(b, offset(b, sums, 64 * (4 * t + r)), total)
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * (6 + tokens)), codegen
+    return types.none(*[types.int64] * (6 + tokens)), outlined(f"k2lite_floats{kind}_by{tokens}", codegen)
 
 
 @intrinsic
@@ -227,7 +228,8 @@ def floats_of(typingctx, kind, address, factor, target, natural):
             store(b, offset(b, target, 64 * i), b.select(wanted, together[i], halves[i]))
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64, types.float32, types.int64, types.int64), codegen
+    signature = types.none(types.int64, types.int64, types.float32, types.int64, types.int64)
+    return signature, outlined("k2lite_floats_of", codegen)
 
 
 @intrinsic

@@ -28,7 +28,7 @@ from .int_tiles import (
 )
 from .float_tiles import bf16_at
 from .matrix import BY_INT4, CODE_ROW, CODES, IN, LAYOUT, OUT, PATH, SCALE_ROW, SCALES
-from .pointers import copy_bytes, get64, set64, setf, zero_bytes
+from .pointers import ask_for, copy_bytes, get64, set64, setf, zero_bytes
 
 ROWS = 32  # of a task
 FEW_TOKENS = 4  # up to so many, rows are taken as they lie
@@ -86,21 +86,25 @@ def few_tokens(matrix, first, stop, tokens, count, outputs, base, scratch):
         s0, s1, s2, s3 = scales + row * scale_row, scales + r1 * scale_row, scales + r2 * scale_row, scales + r3 * scale_row
         if full * CHUNK < columns:
             _copy_ends(matrix, row, 4, scratch)
+        # the four rows after these; the processor's own prefetch stops at a page's end
+        ahead = 4 * code_row if row + 8 <= stop else 0
+        for line in range(0, 4 * scale_row if ahead else 0, 64):
+            ask_for(s0 + 4 * scale_row + line)
         for t in range(count):
             x = get64(tokens, t)
             zero_bytes(scratch + _SUMS, 64)
             if bits4:
-                four_rows4(c0, c1, c2, c3, s0, s1, s2, s3, x, full, layout, scratch + _SUMS)
+                four_rows4(c0, c1, c2, c3, s0, s1, s2, s3, x, full, layout, scratch + _SUMS, ahead)
             else:
-                four_rows8(c0, c1, c2, c3, s0, s1, s2, s3, x, full, layout, scratch + _SUMS)
+                four_rows8(c0, c1, c2, c3, s0, s1, s2, s3, x, full, layout, scratch + _SUMS, ahead)
             if full * CHUNK < columns:
                 e1, e2, e3 = end + end_row, end + 2 * end_row, end + 3 * end_row
                 t1, t2, t3 = end_scales + 8, end_scales + 16, end_scales + 24
                 x += full * CHUNK_BYTES
                 if bits4:
-                    four_rows4(end, e1, e2, e3, end_scales, t1, t2, t3, x, 1, G32, scratch + _SUMS)
+                    four_rows4(end, e1, e2, e3, end_scales, t1, t2, t3, x, 1, G32, scratch + _SUMS, 0)
                 else:
-                    four_rows8(end, e1, e2, e3, end_scales, t1, t2, t3, x, 1, G32, scratch + _SUMS)
+                    four_rows8(end, e1, e2, e3, end_scales, t1, t2, t3, x, 1, G32, scratch + _SUMS, 0)
             finish_four(scratch + _SUMS, scratch + _SUMS + 64)
             output = get64(outputs, t) + 4 * (row - base)
             copy_bytes(output, scratch + _SUMS + 64, 4 * min(4, stop - row))

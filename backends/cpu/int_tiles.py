@@ -33,7 +33,9 @@ from .vector import (
     load,
     nibbles,
     offset,
+    outlined,
     pick,
+    prefetch,
     shuffle,
     splat,
     store,
@@ -92,11 +94,14 @@ def _scales_of_four(b, rows, chunk, layout):
 
 def _four_rows(bits):
     def codegen(context, b, _signature, arguments):
-        codes, scales, (x, chunks, layout, sums) = arguments[:4], arguments[4:8], arguments[8:]
+        codes, scales, (x, chunks, layout, sums, ahead) = arguments[:4], arguments[4:8], arguments[8:]
 
         def body(i, carried):
             chunk = b.add(x, b.mul(i, I64(CHUNK_BYTES)))
             at = b.mul(i, I64(16 * bits))
+            for row in codes:
+                for line in range(bits // 4):
+                    prefetch(b, offset(b, b.add(b.add(row, at), ahead), 64 * line))
             rows = [_chunk_sums(b, bits, b.add(row, at), chunk) for row in codes]
             exact = b.add(sum_lanes_of_four(b, rows, b.add), load(b, offset(b, chunk, CORRECTIONS), I32X16))
             factor = b.fmul(_scales_of_four(b, scales, i, layout), load(b, offset(b, chunk, SCALES), F32X16))
@@ -106,17 +111,18 @@ def _four_rows(bits):
         store(b, sums, total)
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 12), codegen
+    return types.none(*[types.int64] * 13), outlined(f"k2lite_four_rows{bits}", codegen)
 
 
 @intrinsic
-def four_rows4(typingctx, c0, c1, c2, c3, s0, s1, s2, s3, x, chunks, layout, sums):
-    """Add `chunks` chunks of four 4-bit rows (codes c, scales s) times x to the running sums, 64 bytes."""
+def four_rows4(typingctx, c0, c1, c2, c3, s0, s1, s2, s3, x, chunks, layout, sums, ahead):
+    """Add `chunks` chunks of four 4-bit rows (codes c, scales s) times x to the running sums, 64 bytes. What lies
+    `ahead` bytes on is asked for meanwhile."""
     return _four_rows(4)
 
 
 @intrinsic
-def four_rows8(typingctx, c0, c1, c2, c3, s0, s1, s2, s3, x, chunks, layout, sums):
+def four_rows8(typingctx, c0, c1, c2, c3, s0, s1, s2, s3, x, chunks, layout, sums, ahead):
     """The same for 8-bit rows."""
     return _four_rows(8)
 
@@ -164,7 +170,7 @@ def _interleave(widen):
                 store(b, offset(b, target, 64 * j), column)
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 3), codegen
+    return types.none(*[types.int64] * 3), outlined(f"k2lite_interleave{int(widen)}", codegen)
 
 
 @intrinsic
@@ -218,7 +224,7 @@ def _panel(bits):
             store(b, offset(b, sums, 64 * t), total)
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 6), codegen
+    return types.none(*[types.int64] * 6), outlined(f"k2lite_panel{bits}", codegen)
 
 
 @intrinsic

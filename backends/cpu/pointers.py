@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .vector import F32, I1, I8, I16, I32, I64, declared, load, store
+from .vector import F32, I1, I8, I16, I32, I64, declared, load, prefetch, store
 
 ADDRESS = types.int64
 
@@ -90,6 +90,17 @@ def zero_bytes(typingctx, target, count):
         return context.get_dummy_value()
 
     return types.none(ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def ask_for(typingctx, address):
+    """Ask for the cache line at an address, which may be any."""
+
+    def codegen(context, b, _signature, arguments):
+        prefetch(b, arguments[0])
+        return context.get_dummy_value()
+
+    return types.none(ADDRESS), codegen
 
 
 def _call(count):

@@ -45,6 +45,13 @@ def store(b: Builder, address: Value, value: Value, align: int = 1) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def prefetch(b: Builder, address: Value) -> None:
+    """Ask for a cache line; any address is allowed."""
+    pointer = I8.as_pointer()
+    function = declared(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, I32, I32, I32])
+    b.call(function, [b.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+
+
 def shuffle(b: Builder, a: Value, c: Value, lanes: Sequence[int]) -> Value:
     return b.shuffle_vector(a, c, ir.Constant(vector(I32, len(lanes)), list(lanes)))
 
@@ -216,3 +223,22 @@ def counted_loop(b: Builder, count: Value, carried: Sequence[Value], body: Any) 
     b.branch(head)
     b.position_at_end(done)
     return phis
+
+
+def outlined(name: str, codegen: Any) -> Any:
+    """The same code as a function of its own, compiled once however often it is called: for the large pieces."""
+
+    def call(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
+        module = b.module
+        function = module.globals.get(name)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(ir.VoidType(), [a.type for a in arguments]), name)
+            function.linkage = "linkonce_odr"
+            function.attributes.add("noinline")
+            inner = ir.IRBuilder(function.append_basic_block("entry"))
+            codegen(context, inner, signature, function.args)
+            inner.ret_void()
+        b.call(function, arguments)
+        return context.get_dummy_value()
+
+    return call
