@@ -11,15 +11,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from k2lite.backends.base import DONE, Assignment, Backend, Capabilities, Event, Memory
+from k2lite.backends.base import DONE, Assignment, Backend, Capabilities, Event, Memory, RoutingRule, Segment
 from k2lite.backends.host_memory import host_memory
 from k2lite.quant.errors import RequestError
 from k2lite.quant.formats import FORMAT_NAMES
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
 from .activations import prepare, prepared_bytes
+from .attention_call import run_attention
 from .compiler import compile_all
 from .compute_team import ComputeTeam
+from .elementwise import COLUMNS, choose_experts, combine, rms_norm
 from .expert_table import expert_table, one_preparation
 from .experts import down, expert_scratch_bytes, gate_up, silu_rows
 from .int_linear import ROWS
@@ -95,6 +97,50 @@ class CpuBackend(Backend):
             else:
                 super().expert_ffn(x, group, out)
         return DONE
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = _rows(x)
+        out, number = torch.empty(x.shape), np.array([eps], np.float32)
+        arguments = [x.data_ptr(), x.stride(0) * 4, x.shape[1], weight.data_ptr(), number.ctypes.data, out.data_ptr()]
+        self._team.launch(rms_norm, arguments, len(x))
+        return out
+
+    def router(
+        self, x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor, rule: RoutingRule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted, logits = rule.num_experts_per_tok, self.linear(x, weight)
+        ids = torch.empty(len(x), wanted, dtype=torch.int64)
+        weights = torch.empty(len(x), wanted)
+        factor = np.array([rule.routed_scaling_factor], np.float32)
+        arguments = [
+            logits.data_ptr(), bias.data_ptr(), ids.data_ptr(), weights.data_ptr(), logits.shape[1], wanted,
+            rule.n_group, rule.topk_group, rule.norm_topk_prob, factor.ctypes.data,
+        ]  # fmt: skip
+        self._team.launch(choose_experts, arguments, len(x), 24 * logits.shape[1])
+        return ids, weights
+
+    def combine(self, out: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        out, weights, shared = out.contiguous(), weights.contiguous(), shared.contiguous()
+        tokens, experts, columns = out.shape
+        total, pieces = torch.empty(tokens, columns), -(-columns // COLUMNS)
+        pointers = [tensor.data_ptr() for tensor in (out, weights, shared, total)]
+        self._team.launch(combine, [*pointers, experts, columns, pieces], tokens * pieces)
+        return total
+
+    def attention(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        segments: Sequence[Segment],
+        kv_b: QuantTensor,
+        scale: float,
+    ) -> torch.Tensor:
+        tokens, heads, nope = q_nope.shape
+        out = torch.empty(tokens, heads, kv_b.shape[0] // heads - nope)
+        if tokens:
+            fields = matrix_fields(kv_b, self._rounded)
+            run_attention(self._team, q_nope, q_rope, segments, fields, scale, out)
+        return out
 
     def _experts(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> None:
         """Experts of equal shapes and formats."""
