@@ -9,7 +9,8 @@ float32 in blocks of 32, the 16 even inputs first. What is missing in the last c
 Invariant: a group that holds NaN or infinity has the scale NaN, and so has each result that it enters.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 
@@ -175,5 +176,3 @@ def prepared_bytes(count: int, how: int) -> int:
     if how in (INT4, INT8):
         return -(-count // CHUNK) * CHUNK_BYTES
     return -(-count // FLOAT_PAD) * FLOAT_PAD * 4
-
-

@@ -7,7 +7,8 @@ beginning, with a running maximum; so a token's result depends on its position o
 Shapes: T tokens, H heads, N cached positions, R latent width, P rotary width, V value width.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 
@@ -277,4 +278,3 @@ def attention_scratch_bytes(rank: int, latent: int, nope: int) -> int:
     padded = -(-rank // BLOCK) * BLOCK_BYTES
     attends = 1024 + 16 * MOST_HEADS + 4 * POSITIONS * MOST_HEADS + MOST_HEADS * padded
     return max(nope * padded + 128, attends + POSITIONS * -(-latent // BLOCK) * BLOCK_BYTES, 2048 + 4 * padded)
-

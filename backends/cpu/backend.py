@@ -43,8 +43,8 @@ class CpuBackend(Backend):
         self.device = torch.device("cpu")
         self._rounded = activations == "bf16"
         self._activations = activations
-        self._team = ComputeTeam(threads)
         compile_all()
+        self._team = ComputeTeam(threads)
 
     @property
     def threads(self) -> int:
@@ -157,7 +157,15 @@ class CpuBackend(Backend):
         table = expert_table(work, places, out, self._rounded)
         entries, scratch = table.entries.ctypes.data, expert_scratch_bytes(table.hidden, table.width)
         blocks = -(-table.width // ROWS)
-        arguments = [multiply.address, entries, blocks, table.width, table.inner_how, table.inner_bytes, table.inner_groups]
+        arguments = [
+            multiply.address,
+            entries,
+            blocks,
+            table.width,
+            table.inner_how,
+            table.inner_bytes,
+            table.inner_groups,
+        ]
         self._team.launch(gate_up, arguments, len(work) * blocks, scratch)
         blocks = -(-out.shape[-1] // ROWS)
         self._team.launch(down, [multiply.address, entries, blocks], len(work) * blocks, scratch)

@@ -20,10 +20,11 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 import numba
-from numba.core import config
+from numba.core import config as _config
 
 from . import isa
 
+config: Any = _config  # its attributes come from the environment
 COMPLETE = "complete"  # the file that says: all kernels are there
 _registered: list[Kernel] = []
 
@@ -88,7 +89,9 @@ def cache_folder() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        print(f"k2lite: {folder}: {error.strerror}; compiling CPU kernels ({isa.selected()}), not kept", file=sys.stderr)
+        print(
+            f"k2lite: {folder}: {error.strerror}; compiling CPU kernels ({isa.selected()}), not kept", file=sys.stderr
+        )
         return None
     return folder
 

@@ -3,7 +3,8 @@
 A sum over a row runs over 16 lanes from left to right; the lanes are added as in the float products.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ A task of the first job is 32 of an expert's inner units for all its tokens, exa
 so it prepares that group itself. Invariant: an expert's result depends on its own tokens only, each by itself.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Invariant: a row and a token are added up in the order of float_tiles.py, whatev
 columns are cut into pieces. FP8's block scale (times the 2^8 of its codes) is multiplied into the inputs.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ ones. At the end lanes are added as in int_tiles: fours as (l0 + l2) + (l1 + l3)
 FP8 rows come 2^8 times too small (E4M3 bits read as a half float); the caller puts that factor into the inputs.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 
@@ -241,5 +242,3 @@ def bf16_at(typingctx, base, index):
         return b.bitcast(b.shl(b.zext(bits, I32), I32(16)), F32)
 
     return types.float32(types.int64, types.int64), codegen
-
-

@@ -4,13 +4,15 @@ Invariant: both ways give a row and a token the same bits (int_tiles.py). Ends o
 scratch and filled up with zeros; nothing beyond a tensor is read.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 
 import numba
 
 from .activations import CHUNK, CHUNK_BYTES
+from .float_tiles import bf16_at
 from .int_tiles import (
     G32,
     G64,
@@ -26,7 +28,6 @@ from .int_tiles import (
     panel_tokens4,
     panel_tokens8,
 )
-from .float_tiles import bf16_at
 from .matrix import BY_INT4, CODE_ROW, CODES, IN, LAYOUT, OUT, PATH, SCALE_ROW, SCALES
 from .pointers import ask_for, copy_bytes, get64, set64, setf, zero_bytes
 
@@ -83,7 +84,12 @@ def few_tokens(matrix, first, stop, tokens, count, outputs, base, scratch):
     for row in range(first, stop, 4):
         r1, r2, r3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
         c0, c1, c2, c3 = codes + row * code_row, codes + r1 * code_row, codes + r2 * code_row, codes + r3 * code_row
-        s0, s1, s2, s3 = scales + row * scale_row, scales + r1 * scale_row, scales + r2 * scale_row, scales + r3 * scale_row
+        s0, s1, s2, s3 = (
+            scales + row * scale_row,
+            scales + r1 * scale_row,
+            scales + r2 * scale_row,
+            scales + r3 * scale_row,
+        )
         if full * CHUNK < columns:
             _copy_ends(matrix, row, 4, scratch)
         # the four rows after these; the processor's own prefetch stops at a page's end
@@ -164,5 +170,3 @@ def many_tokens(matrix, first, stop, tokens, count, outputs, base, scratch):
             for i in range(min(PANEL_TOKENS, count - t)):
                 output = get64(outputs, t + i) + 4 * (row - base)
                 finish_panel(sums + 64 * i, 512, output, min(PANEL_ROWS, stop - row))
-
-

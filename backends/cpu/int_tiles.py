@@ -5,7 +5,8 @@ and added by one fused multiply-add, factor weight scale times input scale, to o
 4). The four are added as (s0 + s1) + (s2 + s3).
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def _chunk_sums(b, bits, codes, x):
     if bits == 4:
         low, high = nibbles(b, load(b, codes, I8X64))
         return dot_nibbles(b, path, dot_nibbles(b, path, zero, low, first), high, second)
-    halves = [dot_bytes(b, path, zero, load(b, offset(b, codes, 64 * i), I8X64), v) for i, v in ((0, first), (1, second))]
+    halves = [
+        dot_bytes(b, path, zero, load(b, offset(b, codes, 64 * i), I8X64), v) for i, v in ((0, first), (1, second))
+    ]
     quarters = [[*range(h, h + 4), *range(h + 8, h + 12)] for h in (0, 4)]  # of lanes: both groups' first and second
     return b.add(*(shuffle(b, *halves, [*q, *(lane + 16 for lane in q)]) for q in quarters))
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import platform
 from functools import cache
+from typing import Any
 
 import llvmlite.binding as llvm
-from numba.core import config
+from numba.core import config as _config
 
 from k2lite.quant.errors import BackendError
+
+config: Any = _config  # its attributes come from the environment
 
 VARIABLE = "K2LITE_ISA"
 # Best first: LLVM's features that each path needs.

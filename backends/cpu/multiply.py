@@ -1,6 +1,7 @@
 """The kernel that multiplies 32 rows of a matrix of any format by some tokens, and the one that shares out a matrix."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 

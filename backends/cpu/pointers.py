@@ -3,8 +3,8 @@
 Invariant: nothing here knows what lies at an address; who makes the address keeps the memory alive.
 """
 
-# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call"
-# (Numba's intrinsics are found by their untyped signature)
+# mypy: ignore-errors
+# (Numba finds the types of what it compiles)
 
 from __future__ import annotations
 

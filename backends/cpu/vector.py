@@ -116,7 +116,7 @@ def sum_lanes_of_four(b: Builder, rows: Sequence[Value], add: Any) -> Value:
     halves = [add(shuffle(b, x, y, low), shuffle(b, x, y, high)) for x, y in (rows[:2], rows[2:])]
     even = [4 * g + lane for g in range(4) for lane in (0, 1, 16, 17)]
     odd = [4 * g + lane for g in range(4) for lane in (2, 3, 18, 19)]
-    return add(shuffle(b, *halves, even), shuffle(b, *halves, odd))
+    return add(shuffle(b, halves[0], halves[1], even), shuffle(b, halves[0], halves[1], odd))
 
 
 def sum_quarters(b: Builder, total: Value) -> Value:
@@ -182,10 +182,10 @@ def _sdot(b: Builder, acc: Value, codes: Value, x: Value) -> Value:
     """NEON's signed dot product on 16 bytes at a time; codes are below 16. Not run on hardware."""
     bytes16 = vector(I8, 16)
     function = declared(b, "llvm.aarch64.neon.sdot.v4i32.v16i8", I32X4, [I32X4, bytes16, bytes16])
-    parts = [
-        b.call(function, [pick(b, acc, range(4 * i, 4 * i + 4)), *(pick(b, v, range(16 * i, 16 * i + 16)) for v in (codes, x))])
-        for i in range(4)
-    ]  # fmt: skip
+    parts = []
+    for i in range(4):
+        quarters = [pick(b, v, range(16 * i, 16 * i + 16)) for v in (codes, x)]
+        parts.append(b.call(function, [pick(b, acc, range(4 * i, 4 * i + 4)), *quarters]))
     return concat(b, concat(b, *parts[:2]), concat(b, *parts[2:]))
 
 

@@ -17,7 +17,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", type=Path, nargs="?", help="a model folder, as downloaded (default: the demo model)"
     )
-    parser.add_argument("--backend", default="auto", help="what multiplies: auto, cpu, reference (default: %(default)s)")
+    parser.add_argument(
+        "--backend", default="auto", help="what multiplies: auto, cpu, reference (default: %(default)s)"
+    )
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
     )
