@@ -33,7 +33,9 @@ KERNEL_VERSION = 1
 
 
 class CpuBackend(Backend):
-    """activations: what inputs of integer weights are rounded to. threads: by default what the process may use."""
+    """activations: what inputs of integer weights are rounded to. threads: by default what the process may use.
+
+    Opening one leaves torch one thread, in the whole process."""
 
     name: ClassVar[str] = "cpu"
 
@@ -45,6 +47,8 @@ class CpuBackend(Backend):
         self._activations = activations
         compile_all()
         self._team = ComputeTeam(threads)
+        # what torch still does is small, and its own threads would spin beside ours on the same cores
+        torch.set_num_threads(1)
 
     @property
     def threads(self) -> int:
