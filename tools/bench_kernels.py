@@ -50,8 +50,9 @@ def random_weight(format: str, rows: int, columns: int, seed: int) -> QuantTenso
     return QuantTensor(form, (rows, columns), parts)
 
 
-def copy_of(weight: QuantTensor) -> QuantTensor:
-    return QuantTensor(weight.format, weight.shape, {name: part.clone() for name, part in weight.parts.items()})
+def copy_of(weight: QuantTensor, backend: CpuBackend) -> QuantTensor:
+    parts = {name: backend.upload(part) for name, part in weight.parts.items()}
+    return QuantTensor(weight.format, weight.shape, parts)
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -75,7 +76,9 @@ class Bench:
         if not self._experts:
             shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
             first = ExpertWeights(*(random_weight("int4_g32", *shape, seed=i) for i, shape in enumerate(shapes)))
-            self._experts = [ExpertWeights(*map(copy_of, first)) for _ in range(self.n_experts)]
+            self._experts = [
+                ExpertWeights(*(copy_of(weight, self.backend) for weight in first)) for _ in range(self.n_experts)
+            ]
         return self._experts
 
     def read_rate(self, tensors: Sequence[torch.Tensor]) -> float:
@@ -157,7 +160,7 @@ def prefill(bench: Bench, tokens: int, one_expert: bool) -> dict[str, float]:
 def trunk(bench: Bench, format: str) -> dict[str, float]:
     """o_proj: [7168, 8192], from copies that together are larger than the caches."""
     first = random_weight(format, HIDDEN, HEADS * VALUE, 5)
-    copies = [first, *(copy_of(first) for _ in range(4))]
+    copies = [first, *(copy_of(first, bench.backend) for _ in range(4))]
     x = torch.randn(1, HEADS * VALUE)
 
     def run(i: int) -> tuple[float, list[torch.Tensor]]:

@@ -148,22 +148,28 @@ def spread_block_rounded(typingctx, address, valid, target):
     return _spread(True)
 
 
-# arguments: table of row addresses, floats in a row, first output, bytes from output to output, how
+PIECE = 1024  # inputs that a task prepares
+
+
+# arguments: table of row addresses, floats in a row, first output, bytes from output to output, how, tasks of a row
 @kernel(3)
 def prepare(arguments, task, _scratch):
-    """Prepare one row."""
-    source, count = get64(get64(arguments, 0), task), get64(arguments, 1)
-    target, how = get64(arguments, 2) + task * get64(arguments, 3), get64(arguments, 4)
-    if how == INT4:
-        for group in range((count + CHUNK - 1) // CHUNK * 4):
+    """Prepare PIECE inputs of a row."""
+    row, begin = task // get64(arguments, 5), task % get64(arguments, 5) * PIECE
+    source, count = get64(get64(arguments, 0), row), get64(arguments, 1)
+    target, how = get64(arguments, 2) + row * get64(arguments, 3), get64(arguments, 4)
+    if how in (INT4, INT8):
+        end = min(begin + PIECE, (count + CHUNK - 1) // CHUNK * CHUNK)
+        for group in range(begin // GROUP, end // GROUP):
             valid = count - group * GROUP
-            quantize_group4(source + group * 128, valid, target + group // 4 * CHUNK_BYTES, group % 4)
-    elif how == INT8:
-        for group in range((count + CHUNK - 1) // CHUNK * 4):
-            valid = count - group * GROUP
-            quantize_group8(source + group * 128, valid, target + group // 4 * CHUNK_BYTES, group % 4)
+            chunk = target + group // 4 * CHUNK_BYTES
+            if how == INT4:
+                quantize_group4(source + group * 128, valid, chunk, group % 4)
+            else:
+                quantize_group8(source + group * 128, valid, chunk, group % 4)
     else:
-        for block in range((count + FLOAT_PAD - 1) // FLOAT_PAD * 2):
+        end = min(begin + PIECE, (count + FLOAT_PAD - 1) // FLOAT_PAD * FLOAT_PAD)
+        for block in range(begin // BLOCK, end // BLOCK):
             valid = count - block * BLOCK
             if how == FLOAT:
                 spread_block(source + block * 128, valid, target + block * BLOCK_BYTES)

@@ -171,7 +171,7 @@ def absorb(arguments, head, scratch):
     spare = scratch + nope * blocks * BLOCK_BYTES
     first = head * (nope + get64(arguments, VALUE))
     for n in range(nope):
-        row_to_floats(matrix, first + n, 0, blocks, scratch + n * blocks * BLOCK_BYTES, 1, spare)
+        row_to_floats(matrix, first + n, 0, blocks, scratch + n * blocks * BLOCK_BYTES, 1, 1, spare)
     for t in range(get64(arguments, TOKENS)):
         at = t * heads + head
         query = get64(arguments, QUERIES) + at * width
@@ -258,7 +258,7 @@ def make_values(arguments, head, scratch):
     for v in range(0, value, 4):
         for r in range(4):
             at = first + min(v + r, value - 1)
-            row_to_floats(matrix, at, 0, blocks, rows + r * blocks * BLOCK_BYTES, 0, spare)
+            row_to_floats(matrix, at, 0, blocks, rows + r * blocks * BLOCK_BYTES, 0, 1, spare)
         r1, r2, r3 = rows + blocks * BLOCK_BYTES, rows + 2 * blocks * BLOCK_BYTES, rows + 3 * blocks * BLOCK_BYTES
         for t in range(0, tokens, 4):
             x0 = get64(arguments, MIXED) + (t * heads + head) * mixed_bytes

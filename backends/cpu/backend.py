@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from k2lite.backends.base import DONE, Assignment, Backend, Capabilities, Event, Memory, RoutingRule, Segment
-from k2lite.backends.host_memory import host_memory
+from k2lite.backends.host_memory import ask_for_large_pages, host_memory
 from k2lite.quant.errors import RequestError
 from k2lite.quant.formats import FORMAT_NAMES
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
-from .activations import prepare, prepared_bytes
+from .activations import PIECE, prepare, prepared_bytes
 from .attention_call import run_attention
 from .compiler import compile_all
 from .compute_team import ComputeTeam
@@ -62,7 +62,9 @@ class CpuBackend(Backend):
         return host_memory()
 
     def alloc(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        ask_for_large_pages(memory)
+        return memory
 
     def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Event:
         dst.copy_(src)
@@ -187,8 +189,9 @@ class CpuBackend(Backend):
         """Each row of x as kernels take it: uint8 [T, bytes]."""
         prepared = torch.empty(len(x), prepared_bytes(x.shape[1], how), dtype=torch.uint8)
         rows = addresses(x)
-        arguments = [rows.ctypes.data, x.shape[1], prepared.data_ptr(), prepared.shape[1], how]
-        self._team.launch(prepare, arguments, len(x))
+        pieces = max(1, -(-x.shape[1] // PIECE))
+        arguments = [rows.ctypes.data, x.shape[1], prepared.data_ptr(), prepared.shape[1], how, pieces]
+        self._team.launch(prepare, arguments, len(x) * pieces)
         return prepared
 
 

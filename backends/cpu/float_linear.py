@@ -37,6 +37,7 @@ from .pointers import copy_bytes, get64, getf, set64, zero_bytes
 
 TOKENS = 32  # of a turn
 PIECE = 1024  # columns that are worked on together
+MANY = 8  # from so many tokens on, FP8 codes are made into floats once for all of them
 _SUMS = 0
 _TABLE = _SUMS + 32 * TOKENS * 64
 _ENDS = _TABLE + 8 * TOKENS
@@ -59,8 +60,9 @@ def column_bytes(values):
 
 
 @numba.njit(error_model="numpy")
-def row_to_floats(matrix, row, column, blocks, target, natural, spare):
-    """`blocks` blocks of a row from `column` on (a multiple of 32) as float32, zeros past its end; spare: 128 bytes."""
+def row_to_floats(matrix, row, column, blocks, target, natural, scaled, spare):
+    """`blocks` blocks of a row from `column` on (a multiple of 32) as float32, zeros past its end; spare: 128 bytes.
+    scaled 0: FP8 codes without their scale and their factor."""
     values, columns = get64(matrix, VALUES), get64(matrix, IN)
     width = column_bytes(values)
     codes = get64(matrix, CODES) + row * get64(matrix, CODE_ROW) + column // BLOCK * width
@@ -69,7 +71,8 @@ def row_to_floats(matrix, row, column, blocks, target, natural, spare):
     for i in range(blocks):
         at = column + i * BLOCK
         if values == FP8_CODES:
-            factor = getf(scales + row // 128 * get64(matrix, SCALE_ROW) + at // 128 * 4) * np.float32(FP8_FACTOR)
+            if scaled:
+                factor = getf(scales + row // 128 * get64(matrix, SCALE_ROW) + at // 128 * 4) * np.float32(FP8_FACTOR)
         elif values < BF16_VALUES:
             index = _scale_index(get64(matrix, LAYOUT), at // BLOCK)
             factor = bf16_at(scales + row * get64(matrix, SCALE_ROW), index)
@@ -92,7 +95,7 @@ def _clear(block, valid, natural):
 
 
 @numba.njit(error_model="numpy")
-def _tile(path, r0, r1, r2, r3, table, at, count, blocks, sums):
+def _tile(path, r0, r1, r2, r3, table, at, count, blocks, sums, ahead):
     """Four rows by `count` tokens, `at` bytes into each token's inputs."""
     t = 0
     while t + 4 <= count:
@@ -109,11 +112,11 @@ def _tile(path, r0, r1, r2, r3, table, at, count, blocks, sums):
     while t < count:
         x0, to = get64(table, t) + at, sums + t * 256
         if path == BY_BF16:
-            bf16_by_one(r0, r1, r2, r3, x0, blocks, to)
+            bf16_by_one(r0, r1, r2, r3, x0, blocks, to, ahead)
         elif path == BY_FP8:
             fp8_by_one(r0, r1, r2, r3, x0, blocks, to)
         else:
-            blocks_by_one(r0, r1, r2, r3, x0, blocks, to)
+            blocks_by_one(r0, r1, r2, r3, x0, blocks, to, ahead)
         t += 1
 
 
@@ -142,14 +145,16 @@ def _piece(matrix, first, stop, column, width, table, at, count, scratch):
     for row in range(first, stop, 4):
         sums = scratch + _SUMS + (row - first) * TOKENS * 64
         n1, n2, n3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
-        if path == BY_FLOATS:
-            made, blocks = scratch + _FLOATS, whole + (rest > 0)
+        if path == BY_FLOATS or (path == BY_FP8 and count >= MANY):
+            made, blocks, step = scratch + _FLOATS, whole + (rest > 0), PIECE * 4
+            scaled = 1 if path == BY_FLOATS else 0
             for r in range(4):
-                row_to_floats(matrix, min(row + r, last), column, blocks, made + PIECE * 4 * r, 0, scratch + _ENDS)
-            _tile(path, made, made + PIECE * 4, made + PIECE * 8, made + PIECE * 12, table, at, count, blocks, sums)
+                row_to_floats(matrix, min(row + r, last), column, blocks, made + step * r, 0, scaled, scratch + _ENDS)
+            _tile(BY_FLOATS, made, made + step, made + 2 * step, made + 3 * step, table, at, count, blocks, sums, 0)
             continue
         r0, r1, r2, r3 = start + row * code_row, start + n1 * code_row, start + n2 * code_row, start + n3 * code_row
-        _tile(path, r0, r1, r2, r3, table, at, count, whole, sums)
+        ahead = 4 * code_row if row + 8 <= stop else 0
+        _tile(path, r0, r1, r2, r3, table, at, count, whole, sums, ahead)
         if rest:
             ends, skip, used = scratch + _ENDS, whole * block_bytes, rest * block_bytes // BLOCK
             zero_bytes(ends, 256)
@@ -158,7 +163,7 @@ def _piece(matrix, first, stop, column, width, table, at, count, scratch):
             copy_bytes(ends + 128, r2 + skip, used)
             copy_bytes(ends + 192, r3 + skip, used)
             beyond = at + whole * BLOCK_BYTES
-            _tile(path, ends, ends + 64, ends + 128, ends + 192, table, beyond, count, 1, sums)
+            _tile(path, ends, ends + 64, ends + 128, ends + 192, table, beyond, count, 1, sums, 0)
 
 
 @numba.njit(error_model="numpy")

@@ -32,6 +32,7 @@ from .vector import (
     offset,
     outlined,
     pick,
+    prefetch,
     shuffle,
     splat,
     store,
@@ -80,7 +81,8 @@ def _load_block(b, kind, address):
 
 def _tile(kind, tokens):
     def codegen(context, b, _signature, arguments):
-        rows, xs, (blocks, sums) = arguments[:4], arguments[4 : 4 + tokens], arguments[4 + tokens :]
+        rows, xs = arguments[:4], arguments[4 : 4 + tokens]
+        blocks, sums, *ahead = arguments[4 + tokens :]
         places = [(r, t) for r in range(4) for t in range(tokens)]
         starts = [load(b, offset(b, sums, 64 * (4 * t + r)), F32X16) for r, t in places]
 
@@ -91,7 +93,10 @@ def _tile(kind, tokens):
                 inputs.append([load(b, offset(b, block, 64 * half), F32X16) for half in range(2)])
             totals = []
             for r, row in enumerate(rows):
-                even, odd = _load_block(b, kind, b.add(row, b.mul(i, I64(ROW_BYTES[kind]))))
+                at = b.add(row, b.mul(i, I64(ROW_BYTES[kind])))
+                if ahead:
+                    prefetch(b, b.add(at, ahead[0]))
+                even, odd = _load_block(b, kind, at)
                 for t in range(tokens):
                     total = fma(b, even, inputs[t][0], carried[r * tokens + t])
                     totals.append(fma(b, odd, inputs[t][1], total))
@@ -101,23 +106,26 @@ def _tile(kind, tokens):
             store(b, offset(b, sums, 64 * (4 * t + r)), total)
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * (6 + tokens)), outlined(f"k2lite_floats{kind}_by{tokens}", codegen)
+    return types.none(*[types.int64] * (6 + tokens + (tokens == 1))), outlined(
+        f"k2lite_floats{kind}_by{tokens}", codegen
+    )
 
 
 @intrinsic
-def bf16_by_one(typingctx, w0, w1, w2, w3, x, blocks, sums):
-    """Add `blocks` blocks of four rows times x to the running sums, [4 rows] vectors."""
+def bf16_by_one(typingctx, w0, w1, w2, w3, x, blocks, sums, ahead):
+    """Add `blocks` blocks of four rows times x to the running sums, [4 rows] vectors. What lies `ahead` bytes on is
+    asked for meanwhile."""
     return _tile(BF16, 1)
 
 
 @intrinsic
-def fp8_by_one(typingctx, w0, w1, w2, w3, x, blocks, sums):
+def fp8_by_one(typingctx, w0, w1, w2, w3, x, blocks, sums, ahead):
     """The same for FP8 rows."""
     return _tile(FP8, 1)
 
 
 @intrinsic
-def blocks_by_one(typingctx, w0, w1, w2, w3, x, blocks, sums):
+def blocks_by_one(typingctx, w0, w1, w2, w3, x, blocks, sums, ahead):
     """The same for float32 rows in blocks."""
     return _tile(BLOCKS, 1)
 

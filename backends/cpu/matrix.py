@@ -5,10 +5,15 @@ Invariant: the bytes are the checkpoint's own, at any multiple of 8 (rows of odd
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
+from k2lite.quant.formats import QuantFormat
+from k2lite.quant.fp8 import BLOCK, Fp8Block
 from k2lite.quant.packed_int import PackedInt
+from k2lite.quant.plain import PLAIN_DTYPES
 from k2lite.quant.types import QuantTensor
 
 from .activations import FLOAT, INT4, INT8, ROUNDED
@@ -29,22 +34,28 @@ _VALUES = {"bf16": BF16_VALUES, "f16": F16_VALUES, "f32": F32_VALUES}
 def matrix_fields(weight: QuantTensor, rounded: bool) -> list[int]:
     """The fields of a weight [out, in]. rounded: inputs of integer weights are rounded to BF16
     rather than to integers."""
-    rows, columns = weight.shape
-    form = weight.format
+    path, codes, scales, rest = _form(weight.format, weight.shape, rounded)
+    parts = weight.parts
+    return [path, parts[codes].data_ptr(), parts[scales].data_ptr() if scales else 0, *rest]
+
+
+@cache
+def _form(form: QuantFormat, shape: tuple[int, ...], rounded: bool) -> tuple[int, str, str, tuple[int, ...]]:
+    """What all weights of a format and a shape share: path, names of codes and scales, and the other fields."""
+    rows, columns = shape
     if isinstance(form, PackedInt):
-        codes, scale = weight.parts["weight_packed"], weight.parts["weight_scale"]
         four = form.bits == 4
         path = BY_FLOATS if rounded else BY_INT4 if four else BY_INT8
         values = INT4_CODES if four else INT8_CODES
-        layout = _LAYOUTS[form.group_size]
-        return [path, codes.data_ptr(), scale.data_ptr(), rows, columns, layout,
-                columns * form.bits // 8, 2 * scale.shape[1], values]  # fmt: skip
-    codes = weight.parts["weight"]
-    if form.name in _VALUES:
-        path = BY_BF16 if form.name == "bf16" else BY_FLOATS
-        return [path, codes.data_ptr(), 0, rows, columns, 0, columns * codes.itemsize, 0, _VALUES[form.name]]
-    (scale,) = (part for suffix, part in weight.parts.items() if suffix != "weight")
-    return [BY_FP8, codes.data_ptr(), scale.data_ptr(), rows, columns, 0, columns, 4 * scale.shape[1], FP8_CODES]
+        scale_row = 2 * (columns // form.group_size if form.group_size else 1)
+        fields = (rows, columns, _LAYOUTS[form.group_size], columns * form.bits // 8, scale_row, values)
+        return path, "weight_packed", "weight_scale", fields
+    if isinstance(form, Fp8Block):
+        fields = (rows, columns, 0, columns, 4 * -(-columns // BLOCK), FP8_CODES)
+        return BY_FP8, "weight", form.scale_suffix, fields
+    width = PLAIN_DTYPES[form.name].itemsize
+    path = BY_BF16 if form.name == "bf16" else BY_FLOATS
+    return path, "weight", "", (rows, columns, 0, columns * width, 0, _VALUES[form.name])
 
 
 def preparation(fields: list[int], rounded: bool) -> int:
