@@ -114,7 +114,7 @@ def _tile(path, r0, r1, r2, r3, table, at, count, blocks, sums, ahead):
         if path == BY_BF16:
             bf16_by_one(r0, r1, r2, r3, x0, blocks, to, ahead)
         elif path == BY_FP8:
-            fp8_by_one(r0, r1, r2, r3, x0, blocks, to)
+            fp8_by_one(r0, r1, r2, r3, x0, blocks, to, ahead)
         else:
             blocks_by_one(r0, r1, r2, r3, x0, blocks, to, ahead)
         t += 1

@@ -119,3 +119,21 @@ def test_a_closed_team_has_no_helpers_left() -> None:
     assert threading.active_count() == before + 2
     team.close()
     assert threading.active_count() == before
+
+
+def test_torch_is_left_one_thread(cpu: CpuBackend) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        CpuBackend(threads=1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert cpu.threads == allowed_threads()
+
+
+def test_memory_is_aligned_whether_its_pages_are_large_or_small(cpu: CpuBackend) -> None:
+    for nbytes in (0, 1, 1000, 5 << 20):
+        memory = cpu.alloc(nbytes)
+        assert (memory.nbytes, memory.data_ptr() % 64) == (nbytes, 0)
+        memory.fill_(7)
