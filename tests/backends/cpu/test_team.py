@@ -95,16 +95,26 @@ def test_a_forked_child_is_refused_with_a_message() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_a_long_job_hears_ctrl_c() -> None:
-    code = (
-        "import torch\nfrom k2lite.backends.cpu.backend import CpuBackend\n"
-        "from tests.backends.cpu.samples import weight\n"
-        "backend, matrix, x = CpuBackend(), weight('f32', 256, 8192, 1), torch.ones(1, 8192).expand(30000, 8192)\n"
-        "print('ready', flush=True)\n"
-        "try:\n    backend.linear(x, matrix); print('finished')\n"
-        "except KeyboardInterrupt:\n    print('interrupted')\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True)
+# One job of a thousand million tasks; all but the first have nothing to do, which still takes a minute.
+LONG_JOB = """
+import numpy as np, torch
+from k2lite.backends.cpu.activations import INT4, prepare
+from k2lite.backends.cpu.compute_team import ComputeTeam
+team, x, out = ComputeTeam(), torch.ones(32), torch.empty(4096, dtype=torch.uint8)
+table = np.array([x.data_ptr()], np.int64)
+prepare.address
+print("ready", flush=True)
+try:
+    team.launch(prepare, [table.ctypes.data, 32, out.data_ptr(), 0, INT4, 10**12], 10**9)
+    print("finished")
+except KeyboardInterrupt:
+    team.launch(prepare, [table.ctypes.data, 32, out.data_ptr(), 0, INT4, 1], 1)
+    print("interrupted")
+"""
+
+
+def test_a_long_job_hears_ctrl_c_and_the_team_goes_on() -> None:
+    child = subprocess.Popen([sys.executable, "-c", LONG_JOB], cwd=REPO, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     threading.Event().wait(0.3)
