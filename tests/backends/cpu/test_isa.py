@@ -27,7 +27,7 @@ def tile(a, n):
     four_rows8(a, a, a, a, a, a, a, a, a, n, 0, a, 0)
 print(*tile.inspect_asm().values())
 """
-INSTRUCTIONS = {"vnni": ("vpdpbusd", "%zmm"), "avx2": ("vpmaddubsw", "%ymm"), "generic": ("pmaddwd", "%xmm")}
+INSTRUCTIONS = {"vnni": ("vpdpbusd", "%zmm"), "avx2": ("vpmaddubsw", "%ymm"), "generic": ("pmullw", "%xmm")}
 
 
 def run(path: str, *command: str, **changes: str) -> subprocess.CompletedProcess[str]:
