@@ -15,7 +15,7 @@ from k2lite.offload.slots import Arena
 from k2lite.offload.source import ExpertSource
 from k2lite.offload.store import ExpertStore
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import CheckpointError, TokenizerError
+from k2lite.quant.errors import CheckpointError, RequestError, TokenizerError
 from k2lite.quant.quantization_config import parse_quantization_config
 from k2lite.quant.quantization_plan import plan_trunk
 from k2lite.quant.recipe import KEEP
@@ -53,6 +53,8 @@ def load(
     backend: str | Backend = AUTO,
     context: int | None = None,
     latent_norm_eps: float | None = None,
+    activations: str | None = None,
+    threads: int | None = None,
     trunk: str = KEEP,
     ram: str | int | None = None,
     resident_experts: float | None = None,
@@ -67,6 +69,8 @@ def load(
     backend: a name (`k2lite.backends.registry.BACKEND_NAMES`, or "auto") or a Backend.
     context: tokens that one sequence may hold, prompt and answer; by default the model's limit or 32,768.
     latent_norm_eps: eps of the norms of MLA's two latents; by default 1e-6, as in Hugging Face's code.
+    activations: what the CPU backend rounds the inputs of integer weights to, "int8" (default) or "bf16".
+    threads: of the CPU backend; by default the processors that this process may use.
     trunk: the format that the trunk's matrices but the head are quantized to while loading, as `quantize --trunk` does;
         "keep" leaves them as stored.
     ram: what the process may take, as "96GiB" or bytes; by default what the machine and its control group can spare.
@@ -81,7 +85,7 @@ def load(
     make_policy(policy, [0], 1, 1)  # an unknown name is said before anything is read
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
-    device = open_backend(backend) if isinstance(backend, str) else backend
+    device = _device(backend, activations, threads)
     quantized = plan_trunk(checkpoint, trunk)
     placement = plan_placement(
         config,
@@ -136,3 +140,11 @@ def open_cache(
         fewest=placement.ring_slots + config.num_experts_per_tok,
         prefetch_width=PREFETCH_WIDTH if prefetch else 0,
     )
+
+
+def _device(backend: str | Backend, activations: str | None, threads: int | None) -> Backend:
+    if isinstance(backend, str):
+        return open_backend(backend, activations=activations, threads=threads)
+    if activations is not None or threads is not None:
+        raise RequestError("activations and threads are options of a backend that load() opens by name")
+    return backend

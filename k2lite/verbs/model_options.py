@@ -21,9 +21,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", type=Path, nargs="?", help="a model folder, as downloaded (default: the demo model)"
     )
-    parser.add_argument("--backend", default="auto", help="what multiplies: auto, reference (default: %(default)s)")
+    parser.add_argument(
+        "--backend", default="auto", help="what multiplies: auto, cpu, reference (default: %(default)s)"
+    )
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
+    )
+    parser.add_argument(
+        "--activations",
+        metavar="FORMAT",
+        help="what inputs of integer weights are rounded to on the CPU: int8, or bf16: slower, finer (default: int8)",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads that multiply on the CPU (default: what the process may use)"
     )
     parser.add_argument(
         "--trunk",
@@ -144,6 +154,8 @@ def load_engine(args: argparse.Namespace, recorder: Recorder | None = None) -> E
         backend=args.backend,
         context=args.context,
         latent_norm_eps=args.latent_norm_eps,
+        activations=args.activations,
+        threads=args.threads,
         trunk=args.trunk,
         **memory_options(args),
         recorder=recorder,

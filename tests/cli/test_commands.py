@@ -32,8 +32,8 @@ def test_run_streams_the_engine_s_own_tokens(k2: Run, demo: Path) -> None:
     assert report["ids"] == list(map(int, engine.generate(prompt.ids, max_tokens=12, temperature=0)))
     assert report["finish_reason"] in ("length", "stop")
     assert report["counters"]["prefill_tokens"] == len(prompt.ids)
-    assert report["plan"]["backend"] == "reference"
-    assert "backend reference" in result.stderr
+    assert report["plan"]["backend"] == "cpu"
+    assert "backend cpu" in result.stderr
 
     plain = k2("run", demo, "-p", "Hi", "--max-tokens", 12, "--temperature", 0)
     assert plain.stdout == report["text"] + "\n"

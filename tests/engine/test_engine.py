@@ -238,7 +238,7 @@ def test_a_model_larger_than_memory_is_refused_with_the_sum(tiny_folder: Path) -
 
 
 def test_an_unknown_backend_lists_the_known(tiny_folder: Path) -> None:
-    with pytest.raises(BackendError, match="backend 'gpu' is unknown; known: auto, reference"):
+    with pytest.raises(BackendError, match="backend 'gpu' is unknown; known: auto, cpu, reference"):
         k2lite.load(tiny_folder, backend="gpu")
 
 

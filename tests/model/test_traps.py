@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def right(model: Path) -> torch.Tensor:
-    return k2lite.load(model).logits(IDS)
+    return k2lite.load(model, backend="reference").logits(IDS)
 
 
 def _no_mscale(patch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_known_mistake_would_be_seen(
     model: Path, right: torch.Tensor, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
     MISTAKES[mistake](monkeypatch)
-    assert relative_error(k2lite.load(model).logits(IDS), right) > 1e-3
+    assert relative_error(k2lite.load(model, backend="reference").logits(IDS), right) > 1e-3
 
 
 @pytest.mark.parametrize("projection", ["q_b_proj", "kv_a_proj_with_mqa"])
@@ -146,7 +146,7 @@ def test_the_rotary_part_taken_first_would_be_seen(
         rows = weights[name].view(heads, -1, weights[name].shape[1])
         weights[name] = rows.roll(rotary, 1).reshape(weights[name].shape)
     write_checkpoint(tmp_path / "model", config, weights, format="bf16")
-    assert relative_error(k2lite.load(tmp_path / "model").logits(IDS), right) > 1e-3
+    assert relative_error(k2lite.load(tmp_path / "model", backend="reference").logits(IDS), right) > 1e-3
 
 
 def test_generation_defaults_inside_config_json_are_no_recommendation(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_generation_defaults_inside_config_json_are_no_recommendation(tmp_path: 
     weights = {f"language_model.{name}": value for name, value in random_weights(text, seed=2).items()}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": text, "top_k": 9}))
     write_shards(tmp_path, weights, 1)
-    engine = k2lite.load(tmp_path)
+    engine = k2lite.load(tmp_path, backend="reference")
     assert engine.recommended_sampling == k2lite.SamplingParams()
     assert len(list(engine.generate([1], max_tokens=30, temperature=0, stop_ids=frozenset()))) == 30
 
@@ -180,7 +180,10 @@ def test_left_over_inv_freq_is_ignored_and_listed(tmp_path: Path) -> None:
     ((reason, names),) = checkpoint.ignored.items()
     assert "rotary" in reason
     assert sorted(names) == sorted(extra)
-    assert torch.equal(k2lite.load(tmp_path / "with").logits(IDS), k2lite.load(tmp_path / "without").logits(IDS))
+    assert torch.equal(
+        k2lite.load(tmp_path / "with", backend="reference").logits(IDS),
+        k2lite.load(tmp_path / "without", backend="reference").logits(IDS),
+    )
 
 
 def test_the_multi_token_prediction_layer_is_skipped_and_listed(tmp_path: Path) -> None:
@@ -192,11 +195,11 @@ def test_the_multi_token_prediction_layer_is_skipped_and_listed(tmp_path: Path) 
     _, checkpoint = open_model(tmp_path / "model")
     assert checkpoint.problems == ()
     assert [sorted(names) for names in checkpoint.ignored.values()] == [sorted(extra)]
-    assert len(k2lite.load(tmp_path / "model").logits([1, 2])) == 2
+    assert len(k2lite.load(tmp_path / "model", backend="reference").logits([1, 2])) == 2
 
     extended(tmp_path / "unknown", {**config, "num_nextn_predict_layers": 0}, extra)
     with pytest.raises(CheckpointError, match=r"model\.layers\.3\.eh_proj\.weight"):
-        k2lite.load(tmp_path / "unknown")
+        k2lite.load(tmp_path / "unknown", backend="reference")
 
 
 def test_vision_parts_are_skipped_and_listed(tmp_path: Path) -> None:
@@ -206,7 +209,7 @@ def test_vision_parts_are_skipped_and_listed(tmp_path: Path) -> None:
     _, checkpoint = open_model(tmp_path / "model")
     assert checkpoint.problems == ()
     assert [sorted(names) for names in checkpoint.ignored.values()] == [sorted(extra)]
-    assert len(k2lite.load(tmp_path / "model").logits([1, 2])) == 2
+    assert len(k2lite.load(tmp_path / "model", backend="reference").logits([1, 2])) == 2
 
 
 def test_a_scale_is_a_multiplier_in_spite_of_its_name(tmp_path: Path) -> None:
@@ -228,4 +231,4 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", config, random_weights(config, seed=2), format="bf16")
     write_byte_tokenizer(tmp_path / "model")
     with pytest.raises(TokenizerError, match="tokenizer has 512 tokens and config.json's vocab_size is 160"):
-        k2lite.load(tmp_path / "model")
+        k2lite.load(tmp_path / "model", backend="reference")

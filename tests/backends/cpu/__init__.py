@@ -1,0 +1,1 @@
+"""The CPU backend: exact and equal bits on every path, accuracy, special values, threads, compilation."""
