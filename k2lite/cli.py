@@ -17,9 +17,9 @@ from k2lite import __version__
 
 from .errors import one_line
 from .quant.errors import K2LiteError
-from .verbs import chat, demo, eval, info, quantize, run
+from .verbs import backends, chat, demo, eval, info, quantize, run
 
-VERBS = (info, run, chat, quantize, eval, demo)
+VERBS = (info, run, chat, quantize, eval, backends, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 

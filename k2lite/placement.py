@@ -5,13 +5,17 @@ Made before anything is loaded, printed in one line, and kept to. Knows sizes; d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from k2lite.backends.base import Backend
 from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError
+from k2lite.quant.errors import ContextLengthError, MemoryPlanError
+from k2lite.quant.formats import QuantFormat, Shape
+from k2lite.quant.types import PROJECTIONS, ExpertKey
 
+from .backend_check import demand_multipliable
 from .config import ModelConfig
 from .kv_cache import LatentCache
 
@@ -52,18 +56,13 @@ def plan_placement(
         raise ContextLengthError(f"context of {context_tokens} tokens asked for; this model takes 1 to {longest}")
     context = min(DEFAULT_CONTEXT_TOKENS, longest) if context_tokens is None else context_tokens
     capabilities = backend.capabilities()
-    missing = {name for uses in checkpoint.formats().values() for name in uses} - capabilities.formats
-    if missing:
-        raise BackendError(
-            f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
-            f"it takes {', '.join(sorted(capabilities.formats))}"
-        )
+    demand_multipliable(checkpoint, backend.name, capabilities)
     placement = Placement(
         backend=backend.name,
         arithmetic=capabilities.arithmetic,
         context_tokens=context,
         trunk_bytes=checkpoint.trunk_bytes,
-        experts_bytes=checkpoint.experts_bytes,
+        experts_bytes=_experts_bytes(checkpoint, backend),
         kv_bytes=LatentCache.nbytes_for(config, context),
     )
     needed = placement.trunk_bytes + placement.experts_bytes + placement.kv_bytes + HEADROOM_BYTES
@@ -76,6 +75,30 @@ def plan_placement(
             + ("" if context_tokens else " (a smaller --context needs less)")
         )
     return placement
+
+
+def packs_experts(checkpoint: Checkpoint, backend: Backend) -> bool:
+    """Whether experts must go through the backend's `pack_expert` before they multiply."""
+    if backend.device.type != "cpu":
+        return True
+    return any(backend.expert_slot(_stored(checkpoint, key)).repacked for key in _keys(checkpoint))
+
+
+def _experts_bytes(checkpoint: Checkpoint, backend: Backend) -> int:
+    if not packs_experts(checkpoint, backend):
+        return checkpoint.experts_bytes
+    return sum(backend.expert_slot(_stored(checkpoint, key)).nbytes for key in _keys(checkpoint))
+
+
+def _keys(checkpoint: Checkpoint) -> Iterator[ExpertKey]:
+    schema = checkpoint.schema
+    return (ExpertKey(layer, expert) for layer in schema.expert_layers for expert in range(schema.n_routed_experts))
+
+
+def _stored(checkpoint: Checkpoint, key: ExpertKey) -> list[tuple[QuantFormat, Shape]]:
+    """How an expert's three matrices are stored; of a checkpoint without problems."""
+    modules = checkpoint.expert_modules(key)
+    return [(modules[name].format, modules[name].shape) for name in PROJECTIONS]  # type: ignore[misc]
 
 
 def gib(nbytes: int) -> str:

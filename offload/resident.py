@@ -6,7 +6,7 @@ Invariant: what was read is never moved or freed before `close`, so views outliv
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.expert_layout import expert_weights, read_extents
@@ -17,12 +17,20 @@ from .statistics import RouterStats
 
 
 class ResidentSource(ExpertSource):
-    """Experts of `checkpoint` in RAM, as stored."""
+    """Experts of `checkpoint` in memory, as stored or as `pack` makes them once they are read."""
 
-    def __init__(self, checkpoint: Checkpoint, layers: Sequence[int], n_routed_experts: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: Sequence[int],
+        n_routed_experts: int,
+        *,
+        pack: Callable[[ExpertWeights], ExpertWeights] | None = None,
+    ) -> None:
         self.counters = SourceCounters()
         self.stats = RouterStats(layers, n_routed_experts)
         self._checkpoint = checkpoint
+        self._pack = pack
         self._resident: dict[ExpertKey, ExpertWeights] = {}
 
     def lease(self, layer: int, experts: Sequence[int]) -> Lease:
@@ -40,6 +48,8 @@ class ResidentSource(ExpertSource):
         began = time.perf_counter()
         layout = self._checkpoint.expert(key)
         weights = expert_weights(layout, read_extents(layout))
+        if self._pack is not None:
+            weights = self._pack(weights)
         self._resident[key] = weights
         self.counters.read_experts += 1
         self.counters.read_bytes += layout.nbytes

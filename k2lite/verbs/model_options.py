@@ -17,7 +17,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", type=Path, nargs="?", help="a model folder, as downloaded (default: the demo model)"
     )
-    parser.add_argument("--backend", default="auto", help="what multiplies: auto, reference (default: %(default)s)")
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="what multiplies, as k2lite backends lists it (default: auto, the best that is ready)",
+    )
+    parser.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="let plain torch do what the backend can't, operation by operation; each is told once",
+    )
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
     )
@@ -66,7 +76,14 @@ def load_engine(args: argparse.Namespace) -> Engine:
     if args.model is None:
         print("k2lite: no MODEL is named, so the demo model answers: a small Kimi-K2 of k2lite's own", file=sys.stderr)
     folder = args.model or DEMO_FOLDER
-    engine = load(folder, backend=args.backend, context=args.context, latent_norm_eps=args.latent_norm_eps)
+    engine = load(
+        folder,
+        backend=args.backend,
+        allow_fallback=args.allow_fallback,
+        notify=lambda line: print(f"k2lite: {line}", file=sys.stderr),
+        context=args.context,
+        latent_norm_eps=args.latent_norm_eps,
+    )
     print(f"k2lite: {engine.placement}", file=sys.stderr)
     return engine
 

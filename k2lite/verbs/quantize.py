@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from k2lite.quant.errors import RequestError
 
 if TYPE_CHECKING:
+    from k2lite.backends.base import Capabilities
     from k2lite.quant.checkpoint import Checkpoint
     from k2lite.quant.quantization_plan import QuantizationPlan
     from k2lite.quant.quantizer import Job, Progress
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help="how integer scales are found: amax (default), or mse: smaller errors, slower, scales of either sign",
     )
+    parser.add_argument(
+        "--backend", metavar="NAME", help="what will multiply: sets the defaults, and refuses formats that it lacks"
+    )
     parser.add_argument("--text-only", action="store_true", help="leave a vision tower out")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--resume", action="store_true", help="go on where a run was cut off")
@@ -45,16 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    from k2lite.backend_check import demand_recipe
     from k2lite.loading import open_model
     from k2lite.quant.quantization_plan import plan_quantization
 
     config, checkpoint = open_model(args.source)
     checkpoint.raise_for_problems()
     native = _is_int4_native(checkpoint)
-    if native and args.destination is None and not args.dry_run:
+    if native and args.destination is None and not args.dry_run and args.backend is None:
         print(f"k2lite quantize: the experts of {args.source} are INT4 already; run it as it is", file=sys.stderr)
         return 0
-    plan = plan_quantization(checkpoint, _recipe(args, checkpoint), text_only=args.text_only)
+    capabilities = _capabilities(args.backend)
+    plan = plan_quantization(checkpoint, _recipe(args, checkpoint, capabilities), text_only=args.text_only)
+    if capabilities is not None:
+        demand_recipe(_formats(plan), args.backend, capabilities)
     print(as_text(args.source, plan), file=sys.stderr)
     if args.dry_run:
         if args.json:
@@ -72,13 +80,35 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Recipe:
-    """The user's choice, else what is good for this source."""
+def _capabilities(backend: str | None) -> Capabilities | None:
+    """The table of the backend that is named; it need not be ready on this machine."""
+    if backend is None:
+        return None
+    from k2lite.backends.registry import AUTO, backend_names, find
+
+    if backend == AUTO:
+        raise RequestError(f"--backend auto names none; the folder is made for one of {', '.join(backend_names())}")
+    return find(backend).checked_spec().capabilities
+
+
+def _formats(plan: QuantizationPlan) -> dict[str, set[str]]:
+    formats: dict[str, set[str]] = {}
+    for matrix in plan.matrices:
+        if len(matrix.source.shape) == 2:
+            formats.setdefault(matrix.kind, set()).add(matrix.target.name)
+    return formats
+
+
+def _recipe(args: argparse.Namespace, checkpoint: Checkpoint, capabilities: Capabilities | None) -> Recipe:
+    """The user's choice, else what is good for this source and the backend that is named."""
     from dataclasses import replace
 
+    from k2lite.backend_check import recipe_for
     from k2lite.quant.recipe import default_recipe, parse_rule
 
     recipe = default_recipe(set(checkpoint.formats().get("routed experts", {})))
+    if capabilities is not None:
+        recipe = recipe_for(checkpoint, recipe, args.backend, capabilities)
     given = {name: getattr(args, name) for name in ("experts", "trunk", "lm_head", "scale_search")}
     chosen = {name: value for name, value in given.items() if value is not None}
     return replace(recipe, rules=tuple(map(parse_rule, args.rule)), **chosen)
