@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from .base import Backend
@@ -18,6 +20,7 @@ def spec() -> BackendSpec:
         capabilities=ReferenceBackend().capabilities(),
         probe=lambda: Probe(True, "plain torch on the processor", (processor(f"torch {torch.__version__}"),)),
         load=_load,
+        report=Path(__file__).with_name("reference_report.json"),
     )
 
 

@@ -17,7 +17,10 @@ from .fallback import FallbackBackend
 from .spec import BackendSpec, Probe
 
 # Each module holds a function `spec`.
-BUILT_IN = {"reference": "k2lite.backends.reference_spec"}
+BUILT_IN = {
+    "reference": "k2lite.backends.reference_spec",
+    "onnx": "k2lite.backends.onnx.spec",
+}
 BACKEND_NAMES = tuple(BUILT_IN)
 AUTO = "auto"
 GROUP = "k2lite.backends"

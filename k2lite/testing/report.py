@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,6 +43,12 @@ class Report:
     @property
     def passed(self) -> bool:
         return all(case.passed for case in self.cases)
+
+    def as_json(self) -> str:
+        """The object with a line for each case, so that two reports can be compared by eye."""
+        cases = ",\n  ".join(json.dumps(asdict(case)) for case in self.cases)
+        head = json.dumps({**self.as_dict(), "cases": []}, indent=1)
+        return head.replace('"cases": []', f'"cases": [\n  {cases}\n ]') + "\n"
 
     def as_dict(self) -> dict[str, Any]:
         """What --report writes."""

@@ -107,7 +107,7 @@ def _test(args: argparse.Namespace) -> int:
         args.report.touch()  # what can't be written is said before minutes of work
     report = run_suite(backend, found.probe().devices, lambda line: print(line, file=sys.stderr))
     if args.report is not None:
-        args.report.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+        args.report.write_text(report.as_json(), encoding="utf-8")
     print(json.dumps(report.as_dict()) if args.json else _summary(report))
     return 0 if report.passed else 1
 
