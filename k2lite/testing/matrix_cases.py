@@ -15,7 +15,7 @@ from . import oracle
 from .case import Case, Measured, demand
 from .samples import corner_matrix, expert, matrix, normal, on_device, packed, rows_with_corners, smallest_step
 
-HIDDEN, WIDTH, TOKENS = 256, 128, 9
+HIDDEN, WIDTH, TOKENS = 128, 128, 9
 # Errors of a gate and an up projection come together in what the down projection multiplies.
 MLP_GROWTH = 4.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from k2lite.backends.base import Backend
@@ -67,6 +69,7 @@ def smallest_step(format: str) -> int:
     return 1
 
 
+@cache
 def expert(seed: int, formats: tuple[str, str, str], hidden: int, width: int) -> ExpertWeights:
     gate, up, down = formats
     return ExpertWeights(
