@@ -38,7 +38,7 @@ class FallbackBackend(Backend):
 
     name: ClassVar[str] = "fallback"
 
-    def __init__(self, inner: Backend, say: Callable[[str], None]) -> None:
+    def __init__(self, inner: Backend, say: Callable[[str], None] | None = None) -> None:
         self.name = inner.name  # type: ignore[misc]
         self.contract = inner.contract  # type: ignore[misc]
         self.device = inner.device
@@ -152,7 +152,8 @@ class FallbackBackend(Backend):
         line = f"backend {self.name}: {operation} falls back to plain torch: {reason}"
         if line not in self._told:
             self._told.add(line)
-            self._say(line)
+            if self._say is not None:
+                self._say(line)
 
 
 def _one_expert(x: torch.Tensor, item: Assignment, out: torch.Tensor, backend: Backend) -> None:

@@ -6,14 +6,14 @@ Discovery imports no vendor's package; a named backend is that one or an error; 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from k2lite.quant.errors import BackendError
+from k2lite.quant.errors import BackendError, K2LiteError, RequestError
 
 from .base import CONTRACT, Backend
-from .fallback import FallbackBackend
 from .spec import BackendSpec, Probe
 
 # Each module holds a function `spec`.
@@ -86,48 +86,48 @@ def _read(entries: list[EntryPoint], name: str) -> BackendSpec:
     return spec
 
 
-def open_backend(name: str = AUTO, *, allow_fallback: bool = False, notify: Notify | None = None) -> Backend:
+def open_backend(name: str = AUTO, *, notify: Notify | None = None, **options: object) -> Backend:
     """The backend called `name`, or an error with the reason and the exception behind it; "auto" takes the best that is
-    ready. allow_fallback: what it can't do on some format or shape is done by plain torch. notify: gets one line for
-    auto's choice and one for each operation that falls back."""
-    say = notify or _say_nothing
+    ready. notify: gets one line for auto's choice. options: of the backend's own (its loader's keyword arguments), None
+    where not given; RequestError for one that it does not have."""
+    given = {option: value for option, value in options.items() if value is not None}
     if name == AUTO:
-        return _wrap(_open_best(say), allow_fallback, say)
+        return _open_best(notify, given)
     found = find(name)
     spec = found.checked_spec()
     probe = found.probe()
     if not probe.ready:
         raise BackendError(f"backend {name} is not ready: {probe.reason}") from probe.error
-    return _wrap(_load(spec), allow_fallback, say)
+    return _load(spec, given)
 
 
-def _open_best(say: Notify) -> Backend:
-    """Specs by priority; the first that is ready is loaded, the others are not even probed."""
+def _open_best(notify: Notify | None, options: dict[str, object]) -> Backend:
+    """By priority; the first that is ready is loaded, those behind it are not even probed."""
     passed_over: list[str] = []
     found = [find(name) for name in backend_names()]
     for candidate in sorted(found, key=lambda item: -(item.spec.priority if item.spec else 0)):
         probe = candidate.probe()
         if probe.ready:
             why = "".join(f"; {line}" for line in passed_over)
-            say(f"backend {candidate.name}, the best that is ready: {probe.reason}{why}")
-            return _load(candidate.checked_spec())
+            if notify is not None:
+                notify(f"backend {candidate.name}, the best that is ready: {probe.reason}{why}")
+            return _load(candidate.checked_spec(), options)
         passed_over.append(f"{candidate.name} is not: {probe.reason}")
     raise BackendError(f"no backend is ready: {'; '.join(passed_over)}")
 
 
-def _load(spec: BackendSpec) -> Backend:
+def _load(spec: BackendSpec, options: dict[str, object]) -> Backend:
+    for option in options:
+        if option not in inspect.signature(spec.load).parameters:
+            raise RequestError(f"{option} has no effect with backend {spec.name!r}")
     try:
-        backend = spec.load()
-    except BackendError:
+        backend = spec.load(**options)
+    except K2LiteError:
         raise
     except Exception as error:
         raise BackendError(f"backend {spec.name} can't be loaded: {type(error).__name__}: {error}") from error
     demand_contract(spec.name, backend.contract)
     return backend
-
-
-def _say_nothing(line: str) -> None:  # noqa: ARG001
-    return None
 
 
 def demand_contract(name: str, contract: int) -> None:
@@ -137,7 +137,3 @@ def demand_contract(name: str, contract: int) -> None:
             f"backend {name} was written for contract {contract}, and this k2lite has contract {CONTRACT}: "
             f"install versions that belong together"
         )
-
-
-def _wrap(backend: Backend, allow_fallback: bool, say: Notify) -> Backend:
-    return FallbackBackend(backend, say) if allow_fallback else backend

@@ -43,7 +43,8 @@ class Probe:
 class BackendSpec:
     """contract: the number in k2lite.backends.base that it was written for, as a literal. priority: `auto` takes the
     ready one with the highest. capabilities: the table that plans are made from, also on machines without the device;
-    a loaded backend may narrow it. probe: never raises for what is missing. evidence: what stands behind it while no
+    a loaded backend may narrow it. probe: never raises for what is missing. load: its
+    keyword arguments, all with defaults, are the backend's own options. evidence: what stands behind it while no
     `report` of the conformance suite from hardware does ("emulated", "interpreter-tested", "not tested").
     vendor_packages: what discovery must not import."""
 
@@ -52,7 +53,7 @@ class BackendSpec:
     priority: int
     capabilities: Capabilities
     probe: Callable[[], Probe]
-    load: Callable[[], Backend]
+    load: Callable[..., Backend]
     evidence: str = "not tested"
     report: Path | None = None
     vendor_packages: tuple[str, ...] = ()

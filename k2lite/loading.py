@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from k2lite.backends.base import Backend
+from k2lite.backends.fallback import FallbackBackend
 from k2lite.backends.registry import AUTO, demand_contract, open_backend
 from k2lite.offload.resident import ResidentSource
 from k2lite.quant.checkpoint import Checkpoint
@@ -47,7 +48,7 @@ def load(
     """Load a model folder and return an engine that is ready to generate.
 
     backend: a name (`k2lite.backends.registry.backend_names()`, or "auto") or a Backend.
-    allow_fallback: of a backend by name, what it can't do is done by plain torch, operation by operation.
+    allow_fallback: what the backend can't do is done by plain torch, operation by operation.
     notify: gets a line for auto's choice and for each operation that falls back.
     context: tokens that one sequence may hold, prompt and answer; by default the model's limit or 32,768.
     latent_norm_eps: eps of the norms of MLA's two latents; by default 1e-6, as in Hugging Face's code.
@@ -55,11 +56,10 @@ def load(
     Raises K2LiteError's children; see k2lite.errors."""
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
-    if isinstance(backend, str):
-        device = open_backend(backend, allow_fallback=allow_fallback, notify=notify)
-    else:
-        device = backend
-        demand_contract(device.name, device.contract)
+    device = open_backend(backend, notify=notify) if isinstance(backend, str) else backend
+    demand_contract(device.name, device.contract)
+    if allow_fallback:
+        device = FallbackBackend(device, notify)
     placement = plan_placement(config, checkpoint, device, context_tokens=context)
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:

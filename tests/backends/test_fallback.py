@@ -102,6 +102,6 @@ def test_a_model_loads_with_it_and_is_refused_without(tmp_path: Path, monkeypatc
     lines: list[str] = []
     engine = k2lite.load(tmp_path / "model", backend="few", allow_fallback=True, notify=lines.append)
     found = engine.logits([1, 2, 3])
-    assert torch.equal(found, k2lite.load(tmp_path / "model", backend="reference").logits([1, 2, 3]))
+    assert torch.equal(found, k2lite.load(tmp_path / "model", backend=ReferenceBackend()).logits([1, 2, 3]))
     assert lines == ["backend reference: expert_ffn falls back to plain torch: no int4_g32"]
     assert engine.placement.arithmetic == "few, plain torch where it has none"

@@ -16,7 +16,7 @@ from k2lite.backends.base import CONTRACT
 from k2lite.backends.reference import ReferenceBackend
 from k2lite.backends.registry import Found, backend_names, find, open_backend
 from k2lite.backends.spec import BackendSpec, Probe, probe_package
-from k2lite.errors import BackendError
+from k2lite.errors import BackendError, RequestError
 from tests.conftest import REPO
 
 
@@ -71,7 +71,7 @@ def test_a_named_one_that_is_not_ready_is_an_error_with_the_first_exception_behi
     probe = "Probe(False, 'the driver is too old', error=OSError('libx.so.3'))"
     install("mine_c", source("old", probe=probe), "old = mine_c:spec")  # type: ignore[operator]
     with pytest.raises(BackendError, match=r"backend old is not ready: the driver is too old") as caught:
-        open_backend("old", allow_fallback=True)
+        open_backend("old")
     assert isinstance(caught.value.__cause__, OSError)
 
 
@@ -138,7 +138,16 @@ def test_a_probe_or_a_loader_that_raises_is_a_reason() -> None:
     probe = Found("x", spec).probe()
     assert (probe.ready, probe.reason) == (False, "its probe failed: RuntimeError: a bug of the vendor")
     with pytest.raises(BackendError, match="x can't be loaded: RuntimeError: a bug of the vendor"):
-        registry._load(replace(spec, load=fail))  # type: ignore[arg-type]
+        registry._load(replace(spec, load=fail), {})
+
+
+def test_an_option_reaches_the_loader_that_has_it_and_is_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = BackendSpec("x", 1, 9, ReferenceBackend().capabilities(), lambda: Probe(True, ""), ReferenceBackend)
+    monkeypatch.setattr(registry, "find", lambda name: Found(name, spec))
+    for name in ("x", "auto"):
+        assert "naive" in open_backend(name, mla="naive", threads=None).capabilities().arithmetic
+        with pytest.raises(RequestError, match="threads has no effect with backend 'x'"):
+            open_backend(name, threads=2)
 
 
 def test_a_package_that_is_there_and_broken_is_not_called_absent(

@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     [
         (table("int4_g32", "int8_channel"), "--experts int4_g32 --trunk int8_channel"),
         (table("int8_g128", "int8_channel", "int4_g64"), "--experts int4_g64 --trunk int8_channel"),
-        (table("fp8_e4m3_b128", experts={"int4_g128"}), "--experts int4_g128 --trunk keep"),
+        (table("fp8_e4m3_b128", experts={"int8_channel"}), "--experts int8_channel --trunk keep"),
         (table(experts={"fp8_e4m3_b128"}), "--trunk bf16 --experts keep"),
         (table(), "--experts bf16 --trunk bf16"),
     ],
