@@ -6,7 +6,7 @@ Rounding errors of a right backend stay far below the bounds, so that a bound is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -32,6 +32,15 @@ from k2lite.quant.types import ExpertWeights, QuantTensor
 from k2lite.testing.case import Case
 from k2lite.testing.report import CaseResult
 from k2lite.testing.suite import conformance_cases, run_suite
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The suite's tensors are small: threads that wait for one another take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["reference", "onnx"])

@@ -108,7 +108,7 @@ def test_a_model_gives_the_reference_s_tokens(tmp_path: Path) -> None:
 
 
 def test_the_demo_s_fp8_is_refused_with_the_recipe() -> None:
-    with pytest.raises(BackendError, match="quantize .* DST --experts int4_g32 --trunk int8_g128 makes a folder"):
+    with pytest.raises(BackendError, match="quantize .* DST --experts int4_g32 --trunk int8_channel makes a folder"):
         k2lite.load(REPO / "k2lite" / "demo", backend="onnx")
 
 

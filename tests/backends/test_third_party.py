@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import k2lite
 from k2lite.demo_checkpoint import write_random_demo
 from tests.conftest import REPO
 
@@ -38,7 +39,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
+    return {**kept, "OMP_NUM_THREADS": "1"}  # small tensors: threads would only wait for one another
 
 
 def run(python: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -63,11 +65,14 @@ def test_it_is_listed_with_what_it_says_of_itself(python: Path) -> None:
 def test_it_answers_by_flag(python: Path, tmp_path: Path) -> None:
     write_random_demo(tmp_path / "demo")
     arguments = ("-p", "1", "--raw", "--max-tokens", 2, "--temperature", 0, "--json")
-    answers = [json.loads(run(p, "run", tmp_path / "demo", "--backend", name, *arguments).stdout)
-               for p, name in ((python, "example"), (python, "reference"))]  # fmt: skip
-    assert answers[0]["ids"] == answers[1]["ids"]
-    assert answers[0]["plan"]["backend"] == "example"
-    assert answers[0]["plan"]["arithmetic"] == "example: float64 products in numpy"
+    result = run(python, "run", tmp_path / "demo", "--backend", "example", *arguments)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    engine = k2lite.load(tmp_path / "demo", backend="reference")
+    ids = engine.tokenizer.encode("1")
+    assert answer["ids"] == list(map(int, engine.generate(ids, max_tokens=2, temperature=0)))
+    assert answer["plan"]["backend"] == "example"
+    assert answer["plan"]["arithmetic"] == "example: float64 products in numpy"
 
 
 def test_the_suite_holds_it_and_writes_a_report(python: Path, tmp_path: Path) -> None:

@@ -106,4 +106,4 @@ def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.C
 def test_quantize_takes_its_defaults_from_the_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "k2lite/demo", "--backend", "onnx", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["settings"]["experts"], plan["settings"]["trunk"]) == ("int4_g32", "int8_g128")
+    assert (plan["settings"]["experts"], plan["settings"]["trunk"]) == ("int4_g32", "int8_channel")
