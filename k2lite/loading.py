@@ -22,7 +22,7 @@ from .config import ModelConfig, read_config
 from .engine import Engine
 from .generation_config import read_generation_config
 from .model import Model
-from .placement import packs_experts, plan_placement
+from .placement import plan_placement
 from .text.tokenizer import load_tokenizer
 from .weights import checkpoint_schema, load_trunk
 
@@ -67,7 +67,7 @@ def load(
             f"{model}: the tokenizer has {tokenizer.n_vocab} tokens and config.json's vocab_size is "
             f"{config.vocab_size}; they belong to different models"
         )
-    pack = partial(_pack, device) if packs_experts(checkpoint, device) else None
+    pack = partial(_pack, device) if placement.packs_experts else None
     experts = ResidentSource(checkpoint, config.moe_layers, config.n_routed_experts, pack=pack)
     trunk = load_trunk(checkpoint, config, device)
     generation_eos, recommended = read_generation_config(Path(model))

@@ -5,7 +5,7 @@ Made before anything is loaded, printed in one line, and kept to. Knows sizes; d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,7 @@ HEADROOM_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes by purpose, all in RAM, and the name of the arithmetic."""
+    """Bytes by purpose, the name of the arithmetic, and whether experts get other bytes or another memory once read."""
 
     backend: str
     arithmetic: str
@@ -34,6 +34,7 @@ class Placement:
     trunk_bytes: int
     experts_bytes: int
     kv_bytes: int
+    packs_experts: bool = False
 
     def experts_on(self, layer: int) -> Literal["host", "device", "split"]:  # noqa: ARG002
         """Where a layer's experts multiply; one device so far, so every layer answers alike."""
@@ -57,12 +58,14 @@ def plan_placement(
     context = min(DEFAULT_CONTEXT_TOKENS, longest) if context_tokens is None else context_tokens
     capabilities = backend.capabilities()
     demand_multipliable(checkpoint, backend.name, capabilities)
+    experts_bytes, packs_experts = _experts_in_memory(checkpoint, backend)
     placement = Placement(
         backend=backend.name,
         arithmetic=capabilities.arithmetic,
         context_tokens=context,
         trunk_bytes=checkpoint.trunk_bytes,
-        experts_bytes=_experts_bytes(checkpoint, backend),
+        experts_bytes=experts_bytes,
+        packs_experts=packs_experts,
         kv_bytes=LatentCache.nbytes_for(config, context),
     )
     needed = placement.trunk_bytes + placement.experts_bytes + placement.kv_bytes + HEADROOM_BYTES
@@ -77,28 +80,22 @@ def plan_placement(
     return placement
 
 
-def packs_experts(checkpoint: Checkpoint, backend: Backend) -> bool:
-    """Whether experts must go through the backend's `pack_expert` before they multiply."""
-    if backend.device.type != "cpu":
-        return True
-    return any(backend.expert_slot(_stored(checkpoint, key)).repacked for key in _keys(checkpoint))
+def _experts_in_memory(checkpoint: Checkpoint, backend: Backend) -> tuple[int, bool]:
+    """Bytes of all experts where they multiply, and whether they go through the backend's `pack_expert` on the way:
+    to another memory than RAM, or to other bytes than those stored."""
+    kinds = _expert_kinds(checkpoint)
+    slots = {stored: backend.expert_slot(stored) for stored in kinds}
+    if backend.device.type == "cpu" and not any(slot.repacked for slot in slots.values()):
+        return checkpoint.experts_bytes, False
+    return sum(slots[stored].nbytes * count for stored, count in kinds.items()), True
 
 
-def _experts_bytes(checkpoint: Checkpoint, backend: Backend) -> int:
-    if not packs_experts(checkpoint, backend):
-        return checkpoint.experts_bytes
-    return sum(backend.expert_slot(_stored(checkpoint, key)).nbytes for key in _keys(checkpoint))
-
-
-def _keys(checkpoint: Checkpoint) -> Iterator[ExpertKey]:
+def _expert_kinds(checkpoint: Checkpoint) -> Counter[tuple[tuple[QuantFormat, Shape], ...]]:
+    """How many experts are stored in which way; of a checkpoint without problems."""
     schema = checkpoint.schema
-    return (ExpertKey(layer, expert) for layer in schema.expert_layers for expert in range(schema.n_routed_experts))
-
-
-def _stored(checkpoint: Checkpoint, key: ExpertKey) -> list[tuple[QuantFormat, Shape]]:
-    """How an expert's three matrices are stored; of a checkpoint without problems."""
-    modules = checkpoint.expert_modules(key)
-    return [(modules[name].format, modules[name].shape) for name in PROJECTIONS]  # type: ignore[misc]
+    keys = (ExpertKey(layer, expert) for layer in schema.expert_layers for expert in range(schema.n_routed_experts))
+    found = (checkpoint.expert_modules(key) for key in keys)
+    return Counter(tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS) for modules in found)  # type: ignore[misc]
 
 
 def gib(nbytes: int) -> str:

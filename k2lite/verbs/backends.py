@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
     test = actions.add_parser("test", help="run the conformance suite", description="Run the conformance suite.")
     test.add_argument("name", metavar="NAME", help="of the backend, as the list has it")
+    test.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the report as JSON")
     test.add_argument("--report", type=Path, metavar="FILE", help="write what was found as JSON")
 
 

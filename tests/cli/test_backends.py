@@ -78,6 +78,8 @@ def test_a_failed_suite_is_exit_code_1_and_a_report(
     assert any(line.startswith("failed: combine, [6, 8, 256]: error ") for line in out)
     assert " cases passed" in out[-1]
     report = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert main(["backends", "test", "mine", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["cases"] == report["cases"]
     assert report["passed"] is False
     assert {case["operation"] for case in report["cases"] if not case["passed"]} == {"combine"}
 
