@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -46,7 +47,7 @@ class Report:
 
     def as_json(self) -> str:
         """The object with a line for each case, so that two reports can be compared by eye."""
-        cases = ",\n  ".join(json.dumps(asdict(case)) for case in self.cases)
+        cases = ",\n  ".join(json.dumps(_described(case)) for case in self.cases)
         head = json.dumps({**self.as_dict(), "cases": []}, indent=1)
         return head.replace('"cases": []', f'"cases": [\n  {cases}\n ]') + "\n"
 
@@ -64,8 +65,14 @@ class Report:
             "python": platform.python_version(),
             "torch": version("torch"),
             "system": f"{platform.system()} {platform.machine()}",
-            "cases": [asdict(case) for case in self.cases],
+            "cases": [_described(case) for case in self.cases],
         }
+
+
+def _described(case: CaseResult) -> dict[str, Any]:
+    """A case as JSON has it: an error without bound, which JSON has no number for, is null, and `said` tells."""
+    error = case.error if case.error is not None and math.isfinite(case.error) else None
+    return {**asdict(case), "error": error}
 
 
 def make_report(backend: Backend, devices: Sequence[Device], cases: Sequence[CaseResult]) -> Report:

@@ -29,8 +29,7 @@ def _cases() -> Iterator[Case]:
 
 @torch.inference_mode()
 def run_suite(backend: Backend, devices: Sequence[Device] = (), say: Callable[[str], None] | None = None) -> Report:
-    """Run every case that the backend claims. `say` gets a line for each failure as it happens, and one at the end of
-    each operation."""
+    """Run every case that the backend claims. `say` gets a line for each failure as it happens."""
     results = []
     can = backend.capabilities()
     for case in conformance_cases():

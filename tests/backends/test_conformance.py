@@ -30,7 +30,7 @@ from k2lite.backends.registry import open_backend
 from k2lite.quant.formats import FORMAT_NAMES
 from k2lite.quant.types import ExpertWeights, QuantTensor
 from k2lite.testing.case import Case
-from k2lite.testing.report import CaseResult
+from k2lite.testing.report import CaseResult, make_report
 from k2lite.testing.suite import conformance_cases, run_suite
 
 
@@ -345,6 +345,20 @@ def test_wide_numerics_do_not_hide_a_wrong_model() -> None:
     model = {case.name: case for case in cases_of("model")}
     assert not model["logits"].result(Coarse()).passed
     assert not model["in chunks and beside others"].applies(Coarse().capabilities())
+
+
+def test_a_report_of_an_error_without_bound_is_json() -> None:
+    backend = other_linear(lambda y, _: y / 0)
+    results = [case.result(backend) for case in cases_of("linear")[:3]]
+    assert any(result.error == float("inf") for result in results)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    report = json.loads(make_report(backend, (), results).as_json(), parse_constant=refuse)
+    assert not report["passed"]
+    assert report["cases"][0]["error"] is None
+    assert "error inf, and its numerics allow" in report["cases"][0]["said"]
 
 
 def test_a_raised_error_is_a_failure_that_names_it() -> None:
