@@ -51,9 +51,10 @@ class UnsupportedOperationError(BackendError):
 class Numerics:
     """What a backend promises about its results; the conformance suite (k2lite.testing) holds it to that.
 
-    linear_error: largest error of linear's rows, relative to the root of the summed squares of the products that went
-    into each (a float32 matrix product has about 1e-6, activations rounded to int8 about 1e-2).
-    vector_error: the same for norms, rotation, sums and softmax.
+    linear_error: largest error of linear's rows, relative to the product of the lengths of input and weight row over
+    the root of the width, which is the size of a sum of such numbers (float32 has about 1e-6, activations rounded to
+    int8 about 2e-2).
+    vector_error: the same for norms, rotation, sums, softmax and the router, whose weights are plain numbers.
     batch_invariant: a token's bits do not depend on who shares its batch, nor on the chunk it came in."""
 
     linear_error: float = 1e-5

@@ -35,6 +35,9 @@ class OnnxBackend(Backend):
         self.device = torch.device("cpu")
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
+        # each session has threads of its own; those that have nothing to do must not turn in circles
+        self._options.intra_op_num_threads = torch.get_num_threads()
+        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._sessions: dict[tuple[Stored, ...], onnxruntime.InferenceSession] = {}
 
     def capabilities(self) -> Capabilities:

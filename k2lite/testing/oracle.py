@@ -58,7 +58,10 @@ def _packed(parts: Mapping[str, torch.Tensor], columns: int) -> Array:
 
 
 def linear(x: Array, weight: Array) -> Judged:
-    return Judged(x @ weight.T, np.sqrt(np.square(x) @ np.square(weight).T))
+    """The magnitude is what a sum of such numbers has whatever meets what: an outlier of x that meets a weight of zero
+    still is what activations are rounded by."""
+    lengths = np.sqrt(np.square(x).sum(axis=1, keepdims=True) * np.square(weight).sum(axis=1))
+    return Judged(x @ weight.T, lengths / np.sqrt(max(1, x.shape[1])))
 
 
 def silu(x: Array) -> Array:
