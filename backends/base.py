@@ -19,8 +19,13 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from k2lite.quant.errors import BackendError
+from k2lite.quant.formats import QuantFormat, Shape
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
+from .packing import copy_into_slot, slot_bytes
+
+# Raised by one when a method's meaning changes, or a new one is required.
 CONTRACT = 1
 
 
@@ -38,12 +43,52 @@ class _Done:
 DONE: Event = _Done()
 
 
+class UnsupportedOperationError(BackendError):
+    """An operation can't be done on these formats or shapes. With --allow-fallback plain torch does it instead."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What a backend promises about its results; the conformance suite (k2lite.testing) holds it to that.
+
+    linear_error: largest error of linear's rows, relative to the product of the lengths of input and weight row over
+    the root of the width, which is the size of a sum of such numbers (float32 has about 1e-6, activations rounded to
+    int8 about 2e-2).
+    vector_error: the same for norms, rotation, sums, softmax and the router, whose weights are plain numbers.
+    batch_invariant: a token's bits do not depend on who shares its batch, nor on the chunk it came in."""
+
+    linear_error: float = 1e-5
+    vector_error: float = 1e-5
+    batch_invariant: bool = True
+
+
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can multiply, and the name of its arithmetic: two runs with equal names give equal bits."""
+    """What a backend can multiply, and the name of its arithmetic: two runs with equal names give equal bits.
+
+    formats: of trunk weights; expert_formats: of routed experts, if those are others. A format's name has its group
+    size. dtypes: what activations are held in while it multiplies. max_experts: most routed experts a layer."""
 
     formats: frozenset[str]
     arithmetic: str
+    expert_formats: frozenset[str] | None = None
+    dtypes: tuple[str, ...] = ("float32",)
+    max_experts: int | None = None
+    numerics: Numerics = Numerics()
+
+    def formats_of(self, *, experts: bool) -> frozenset[str]:
+        """The formats of routed experts, or of everything else."""
+        return self.expert_formats if experts and self.expert_formats is not None else self.formats
+
+
+@dataclass(frozen=True)
+class ExpertSlot:
+    """What an expert takes in a backend's memory: bytes of one slot, how many slots one arena may have at most, and
+    whether the bytes are others than those stored (then experts go through `pack_expert` before they multiply)."""
+
+    nbytes: int
+    max_slots: int | None = None
+    repacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +165,16 @@ class Backend(ABC):
         there = bytes_there.view(tensor.dtype).view(tensor.shape)
         self.copy(tensor, there).wait()
         return there
+
+    def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
+        """The room for an expert whose three matrices are stored so: by default the bytes as stored, each part on a
+        boundary of 64 bytes."""
+        return ExpertSlot(slot_bytes(expert))
+
+    def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
+        """Put an expert into `slot`, uint8 [expert_slot(...).nbytes] of `alloc`; returns what to multiply with,
+        views into it. Where bytes are laid out anew, the matrices returned have a format that dequantizes them."""
+        return copy_into_slot(src, slot, self.copy)
 
     def embed(self, ids: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
         """Rows `ids` (int64 [T]) of an unquantized table [vocab, D]: float32 [T, D]."""

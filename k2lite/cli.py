@@ -17,9 +17,24 @@ from k2lite import __version__
 
 from .errors import one_line
 from .quant.errors import K2LiteError
-from .verbs import bench, chat, demo, eval, export, info, plan, quantize, replay, run, stats, trace, verify
+from .verbs import (
+    backends,
+    bench,
+    chat,
+    demo,
+    eval,
+    export,
+    info,
+    plan,
+    quantize,
+    replay,
+    run,
+    stats,
+    trace,
+    verify,
+)
 
-VERBS = (info, plan, run, chat, quantize, verify, export, eval, bench, trace, replay, stats, demo)
+VERBS = (info, plan, run, chat, quantize, verify, export, eval, bench, trace, replay, stats, backends, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 

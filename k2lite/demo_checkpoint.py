@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from k2lite.quant.declaration import declaration
 from k2lite.quant.durable_files import write_new_folder
-from k2lite.quant.formats import FP8_NAME, format_named
+from k2lite.quant.formats import FP8_NAME, PACKED_INT, format_named
+from k2lite.quant.fp8 import COMPRESSED_TENSORS_SCALE, SCALE, Fp8Block
 from k2lite.quant.types import PROJECTIONS
 
 from .config import ModelConfig, parse_config
@@ -69,30 +71,34 @@ DEMO_CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "num_nextn_predict_layers": 0,
     "torch_dtype": "bfloat16",
-    "quantization_config": {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    },
 }
 
 
 def write_random_demo(folder: Path, *, seed: int = 0) -> None:
     """Write the folder, complete or not at all. Refuses a name that exists, unless it is an empty folder."""
-    write_new_folder(folder, lambda partial: _fill(partial, seed))
+    write_random_model(folder, DEMO_CONFIG, experts=FP8_NAME, trunk=FP8_NAME, seed=seed)
 
 
-def _fill(folder: Path, seed: int) -> None:
-    config = parse_config(DEMO_CONFIG, folder / "config.json")
-    _write_weights(folder, config, torch.Generator().manual_seed(seed))
-    _write_json(folder / "config.json", DEMO_CONFIG)
+def write_random_model(folder: Path, config: dict[str, Any], *, experts: str, trunk: str, seed: int) -> None:
+    """The same for another config.json, with routed experts and the trunk's matrices in other formats; what `config`
+    declares of them is replaced."""
+    declared = {key: value for key, value in config.items() if key != "quantization_config"}
+    quantization = declaration(experts, trunk)
+    if quantization is not None:
+        declared["quantization_config"] = quantization
+    write_new_folder(folder, lambda partial: _fill(partial, declared, experts, trunk, seed))
+
+
+def _fill(folder: Path, declared: dict[str, Any], experts: str, trunk: str, seed: int) -> None:
+    config = parse_config(declared, folder / "config.json")
+    tensors = dict(_tensors(config, experts, trunk, torch.Generator().manual_seed(seed)))
+    _write_weights(folder, tensors)
+    _write_json(folder / "config.json", declared)
     _write_json(folder / "generation_config.json", {"max_length": config.max_position_embeddings, "eos_token_id": 258})
     write_byte_tokenizer(folder)
 
 
-def _write_weights(folder: Path, config: ModelConfig, generator: torch.Generator) -> None:
-    tensors = dict(_tensors(config, generator))
+def _write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for shard in range(N_SHARDS):
@@ -104,16 +110,20 @@ def _write_weights(folder: Path, config: ModelConfig, generator: torch.Generator
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _tensors(config: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    config: ModelConfig, experts: str, trunk: str, generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor under its stored name. Sizes of values are such that a forward pass neither grows nor dies."""
     schema = checkpoint_schema(config)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator).mul(columns**-0.5)
 
-    def fp8(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    fp8 = Fp8Block(COMPRESSED_TENSORS_SCALE if {experts, trunk} & set(PACKED_INT) else SCALE)
+
+    def stored(name: str, weight: torch.Tensor, format: str) -> Iterator[tuple[str, torch.Tensor]]:
         module = name.removesuffix(".weight")
-        for suffix, part in format_named(FP8_NAME).quantize(weight).items():
+        for suffix, part in (fp8 if format == FP8_NAME else format_named(format)).quantize(weight).items():
             yield f"{module}.{suffix}", part
 
     for name, spec in schema.trunk.items():
@@ -124,13 +134,14 @@ def _tensors(config: ModelConfig, generator: torch.Generator) -> Iterator[tuple[
         elif not spec.quantizable or name == "lm_head.weight":
             yield name, matrix(*spec.shape).to(torch.bfloat16)
         else:
-            yield from fp8(name, matrix(*spec.shape))
+            yield from stored(name, matrix(*spec.shape), trunk)
     width = (config.moe_intermediate_size, config.hidden_size)
     for layer in schema.expert_layers:
         for expert in range(schema.n_routed_experts):
             for projection in PROJECTIONS:
                 shape = width[::-1] if projection == "down_proj" else width
-                yield from fp8(f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight", matrix(*shape))
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
+                yield from stored(name, matrix(*shape), experts)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -5,11 +5,14 @@ Every problem that the files' headers show is found before a weight is read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from k2lite.backends.base import Backend
-from k2lite.backends.registry import AUTO, open_backend
+from k2lite.backends.fallback import FallbackBackend
+from k2lite.backends.registry import AUTO, demand_contract, open_backend
 from k2lite.offload.cache import ExpertCache
+from k2lite.offload.packed_source import PackedSource
 from k2lite.offload.policies import DEFAULT_POLICY, make_policy
 from k2lite.offload.slots import Arena
 from k2lite.offload.source import ExpertSource
@@ -51,6 +54,8 @@ def load(
     model: str | Path,
     *,
     backend: str | Backend = AUTO,
+    allow_fallback: bool = False,
+    notify: Callable[[str], None] | None = None,
     context: int | None = None,
     latent_norm_eps: float | None = None,
     activations: str | None = None,
@@ -66,7 +71,9 @@ def load(
 ) -> Engine:
     """Load a model folder and return an engine that is ready to generate.
 
-    backend: a name (`k2lite.backends.registry.BACKEND_NAMES`, or "auto") or a Backend.
+    backend: a name (`k2lite.backends.registry.backend_names()`, or "auto") or a Backend.
+    allow_fallback: what the backend can't do is done by plain torch, operation by operation.
+    notify: gets a line for auto's choice and for each operation that falls back.
     context: tokens that one sequence may hold, prompt and answer; by default the model's limit or 32,768.
     latent_norm_eps: eps of the norms of MLA's two latents; by default 1e-6, as in Hugging Face's code.
     activations: what the CPU backend rounds the inputs of integer weights to, "int8" (default) or "bf16".
@@ -85,7 +92,9 @@ def load(
     make_policy(policy, [0], 1, 1)  # an unknown name is said before anything is read
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
-    device = _device(backend, activations, threads)
+    device = _device(backend, activations, threads, notify)
+    if allow_fallback:
+        device = FallbackBackend(device, notify)
     quantized = plan_trunk(checkpoint, trunk)
     placement = plan_placement(
         config,
@@ -109,10 +118,10 @@ def load(
         recall_file(experts, config, Path(statistics))
     generation_eos, recommended = read_generation_config(Path(model))
     stop_ids = frozenset(config.eos_token_ids) | frozenset(generation_eos) | tokenizer.end_of_turn_ids
-    model_experts: ExpertSource = experts
+    model_experts: ExpertSource = PackedSource(experts, device) if placement.packs_experts else experts
     if recorder is not None:
         device = RecordingBackend(device, recorder, trunk_matrices(weights, config.tensor_prefix))
-        model_experts = RecordingSource(experts, device, config.tensor_prefix)
+        model_experts = RecordingSource(model_experts, device, config.tensor_prefix)
     return Engine(
         Model(config, weights, model_experts, device),
         experts,
@@ -142,9 +151,12 @@ def open_cache(
     )
 
 
-def _device(backend: str | Backend, activations: str | None, threads: int | None) -> Backend:
+def _device(
+    backend: str | Backend, activations: str | None, threads: int | None, notify: Callable[[str], None] | None
+) -> Backend:
     if isinstance(backend, str):
-        return open_backend(backend, activations=activations, threads=threads)
+        return open_backend(backend, notify=notify, activations=activations, threads=threads)
+    demand_contract(backend.name, backend.contract)
     if activations is not None or threads is not None:
         raise RequestError("activations and threads are options of a backend that load() opens by name")
     return backend

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2lite.backends.base import Backend, Memory
+from k2lite.offload.packed_source import packing_bytes
 from k2lite.offload.slots import slot_bytes_for
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanError, RequestError
 from k2lite.quant.quantization_plan import Matrix
 
+from .backend_check import demand_multipliable
 from .config import ModelConfig
 from .kv_cache import LatentCache
 
@@ -32,7 +34,8 @@ MAX_CHUNK_TOKENS, EASY_CHUNK_TOKENS = 4096, 32
 @dataclass(frozen=True)
 class Placement:
     """Bytes by purpose, all in RAM, and the name of the arithmetic. `slots` is how many of the model's `experts` have
-    room at once, `ring_slots` of them for those that pass through."""
+    room at once, `ring_slots` of them for those that pass through; `packs_experts`, whether they become other bytes or
+    go to another memory before they multiply."""
 
     backend: str
     arithmetic: str
@@ -48,6 +51,7 @@ class Placement:
     ring_slots: int
     slot_bytes: int
     budget_bytes: int
+    packs_experts: bool = False
 
     @property
     def arena_bytes(self) -> int:
@@ -122,6 +126,7 @@ def plan_placement(
     context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
     _demand_formats(checkpoint, backend, changed)
+    packed = packing_bytes(checkpoint, backend)
     memory = backend.memory()
     if ram_bytes is not None and ram_bytes > memory.available_bytes:
         raise MemoryPlanError(
@@ -136,6 +141,7 @@ def plan_placement(
         context=context,
         budget=spare_bytes(memory) if ram_bytes is None else ram_bytes,
         resident_experts=resident_experts,
+        packing=packed,
     )
 
 
@@ -161,12 +167,15 @@ def plan_memory(
     context: int,
     budget: int,
     resident_experts: float | None = None,
+    packing: int = 0,
 ) -> Placement:
-    """Share `budget` bytes: what must be there first, experts in what is left. Raises RequestError, MemoryPlanError."""
+    """Share `budget` bytes: what must be there first, experts in what is left. `packing` bytes are for experts that are
+    packed. Raises RequestError, MemoryPlanError."""
     kv = LatentCache.nbytes_for(config, context)
     fewest = min(config.num_experts_per_tok + 1, weights.experts)
-    chunk = _chunk_tokens(config, context, budget - weights.trunk - kv - HEADROOM_BYTES - fewest * weights.slot)
-    transient = transient_bytes(config, chunk)
+    first = weights.trunk + kv + packing + HEADROOM_BYTES + fewest * weights.slot
+    chunk = _chunk_tokens(config, context, budget - first)
+    transient = transient_bytes(config, chunk) + packing
     room = max(0, budget - weights.trunk - kv - transient - HEADROOM_BYTES) // weights.slot
     fixed = None if resident_experts is None else _wanted(resident_experts, weights.experts, fewest)
     least = fewest if fixed is None else fixed
@@ -194,6 +203,7 @@ def plan_memory(
         ring_slots=0 if slots == weights.experts else ring,
         slot_bytes=weights.slot,
         budget_bytes=budget,
+        packs_experts=packing > 0,
     )
 
 
@@ -233,8 +243,8 @@ def _wanted(resident_experts: float, experts: int, fewest: int) -> int:
 
 def _demand_formats(checkpoint: Checkpoint, backend: Backend, changed: Collection[Matrix]) -> None:
     capabilities = backend.capabilities()
-    used = {name for uses in checkpoint.formats().values() for name in uses} | {m.target.name for m in changed}
-    missing = used - capabilities.formats
+    demand_multipliable(checkpoint, backend.name, capabilities)
+    missing = {matrix.target.name for matrix in changed} - capabilities.formats
     if missing:
         raise BackendError(
             f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "

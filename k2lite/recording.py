@@ -14,8 +14,7 @@ from typing import ClassVar
 import torch
 
 from k2lite.backends.base import Assignment, Backend, Capabilities, Event, Memory, RoutingRule, Segment
-from k2lite.offload.policy import State
-from k2lite.offload.source import ExpertSource, Lease
+from k2lite.offload.source import ExpertSource, ForwardingSource, Lease
 from k2lite.quant.types import PROJECTIONS, ExpertWeights, QuantTensor
 
 
@@ -97,38 +96,17 @@ class RecordingBackend(Backend):
                 known.pop(id(weight), None)
 
 
-class RecordingSource(ExpertSource):
+class RecordingSource(ForwardingSource):
     """Tells `backend` the names of the experts that `source` hands out, for as long as they are leased. `prefix` is
     what stored names begin with."""
 
     def __init__(self, source: ExpertSource, backend: RecordingBackend, prefix: str) -> None:
-        self.counters, self.stats = source.counters, source.stats
-        self._source, self._backend, self._prefix = source, backend, prefix
+        super().__init__(source)
+        self._backend, self._prefix = backend, prefix
 
     def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
         prefix = f"{self._prefix}model.layers.{layer}.mlp.experts."
-        return _RecordingLease(self._source.lease(layer, experts, keep), self._backend, prefix)
-
-    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:
-        self._source.observe(layer, ids, weights, recent=recent)
-
-    def wants_hint(self, layer: int) -> bool:
-        return self._source.wants_hint(layer)
-
-    def hint(self, layer: int, ranked: Sequence[int]) -> None:
-        self._source.hint(layer, ranked)
-
-    def learned(self) -> dict[str, State]:
-        return self._source.learned()
-
-    def recall(self, learned: Mapping[str, State]) -> None:
-        self._source.recall(learned)
-
-    def shrink(self, slots: int) -> int:
-        return self._source.shrink(slots)
-
-    def close(self) -> None:
-        self._source.close()
+        return _RecordingLease(super().lease(layer, experts, keep), self._backend, prefix)
 
 
 class _RecordingLease(Lease):

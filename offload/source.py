@@ -113,3 +113,42 @@ class ExpertSource(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the reading threads and close the files. Of no use afterwards."""
+
+
+class ForwardingSource(ExpertSource):
+    """Another source, as it is: for sources around it that change a part."""
+
+    def __init__(self, source: ExpertSource) -> None:
+        self._source = source
+
+    @property
+    def counters(self) -> SourceCounters:  # type: ignore[override]
+        return self._source.counters
+
+    @property
+    def stats(self) -> RouterStats:  # type: ignore[override]
+        return self._source.stats
+
+    def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
+        return self._source.lease(layer, experts, keep)
+
+    def observe(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, *, recent: int | None = None) -> None:
+        self._source.observe(layer, ids, weights, recent=recent)
+
+    def wants_hint(self, layer: int) -> bool:
+        return self._source.wants_hint(layer)
+
+    def hint(self, layer: int, ranked: Sequence[int]) -> None:
+        self._source.hint(layer, ranked)
+
+    def learned(self) -> dict[str, State]:
+        return self._source.learned()
+
+    def recall(self, learned: Mapping[str, State]) -> None:
+        self._source.recall(learned)
+
+    def shrink(self, slots: int) -> int:
+        return self._source.shrink(slots)
+
+    def close(self) -> None:
+        self._source.close()

@@ -37,6 +37,10 @@ _EXPERT = re.compile(
 _SHOWN_PROBLEMS = 10
 
 
+# The class of routed experts in `Checkpoint.formats`.
+EXPERTS_KIND = "routed experts"
+
+
 @dataclass(frozen=True, slots=True)
 class FormatUse:
     """How many weights are stored in one format, and their bytes."""
@@ -201,7 +205,7 @@ class Checkpoint:
             yield _kind(name), module
         for modules in self._experts.values():
             for module in modules.values():
-                yield "routed experts", module
+                yield EXPERTS_KIND, module
 
     def _classify(
         self, tensors: Mapping[str, Stored]

@@ -14,7 +14,6 @@ import torch
 from k2lite.backends.base import DONE, Assignment, Backend, Capabilities, Event, Memory, RoutingRule, Segment
 from k2lite.backends.host_memory import ask_for_large_pages, host_memory
 from k2lite.quant.errors import RequestError
-from k2lite.quant.formats import FORMAT_NAMES
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
 from .activations import PIECE, prepare, prepared_bytes
@@ -27,9 +26,9 @@ from .experts import down, expert_scratch_bytes, gate_up, silu_rows
 from .int_linear import ROWS
 from .matrix import IN, OUT, matrix_fields, preparation
 from .multiply import linear_rows, multiply, multiply_scratch_bytes
+from .spec import capabilities
 
 ACTIVATIONS = ("int8", "bf16")
-KERNEL_VERSION = 1
 
 
 class CpuBackend(Backend):
@@ -55,8 +54,7 @@ class CpuBackend(Backend):
         return self._team.threads
 
     def capabilities(self) -> Capabilities:
-        arithmetic = f"cpu kernels {KERNEL_VERSION}, {self._activations} activations"
-        return Capabilities(formats=frozenset(FORMAT_NAMES), arithmetic=arithmetic)
+        return capabilities(self._activations)
 
     def memory(self) -> Memory:
         return host_memory()

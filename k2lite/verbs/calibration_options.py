@@ -36,7 +36,6 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-tokens", type=int, metavar="N", help=f"read N tokens of it (default: {DEFAULT_TOKENS})"
     )
-    parser.add_argument("--backend", help="what multiplies while the text is read (default: auto)")
 
 
 def check_calibration_arguments(args: argparse.Namespace) -> None:
@@ -49,7 +48,7 @@ def check_calibration_arguments(args: argparse.Namespace) -> None:
         if args.calibration_tokens is not None and args.calibration_tokens < 2:
             raise RequestError(f"--calibration-tokens is {args.calibration_tokens}; expected 2 or more")
         return
-    for option in ("calibration", "calibration_tokens", "backend"):
+    for option in ("calibration", "calibration_tokens"):
         if getattr(args, option) is not None:
             raise RequestError(f"--{option.replace('_', '-')} has no effect without --rounding gptq")
 

@@ -22,7 +22,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", type=Path, nargs="?", help="a model folder, as downloaded (default: the demo model)"
     )
     parser.add_argument(
-        "--backend", default="auto", help="what multiplies: auto, cpu, reference (default: %(default)s)"
+        "--backend",
+        default="auto",
+        metavar="NAME",
+        help="what multiplies, as k2lite backends lists it (default: auto, the best that is ready)",
+    )
+    parser.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="let plain torch do what the backend can't, operation by operation; each is told once",
     )
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="tokens a conversation may hold (default: the model's, or 32768)"
@@ -152,6 +160,8 @@ def load_engine(args: argparse.Namespace, recorder: Recorder | None = None) -> E
     engine = load(
         folder,
         backend=args.backend,
+        allow_fallback=args.allow_fallback,
+        notify=lambda line: print(f"k2lite: {line}", file=sys.stderr),
         context=args.context,
         latent_norm_eps=args.latent_norm_eps,
         activations=args.activations,

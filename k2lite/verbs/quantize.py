@@ -17,6 +17,7 @@ from k2lite.quant.errors import RequestError
 from .calibration_options import GPTQ, add_calibration_arguments, calibrate, check_calibration_arguments
 
 if TYPE_CHECKING:
+    from k2lite.backends.base import Capabilities
     from k2lite.config import ModelConfig
     from k2lite.quant.checkpoint import Checkpoint
     from k2lite.quant.quantization_plan import QuantizationPlan
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="have --scale-search mse weigh errors by the moments of k2lite trace --moments FILE",
     )
     add_calibration_arguments(parser)
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="what will multiply: sets the defaults, refuses formats that it lacks, reads for --rounding gptq",
+    )
     parser.add_argument("--text-only", action="store_true", help="leave a vision tower out")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and a measured guess of its time")
     parser.add_argument("--resume", action="store_true", help="go on where a run was cut off")
@@ -71,15 +77,19 @@ def execute(args: argparse.Namespace) -> int:
 
 def _execute(args: argparse.Namespace, folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> int:
     """`folder` holds config.json, the tokenizer and what else is carried along."""
+    from k2lite.backend_check import demand_recipe
     from k2lite.quant.quantization_plan import plan_quantization
 
     checkpoint.raise_for_problems()
     check_calibration_arguments(args)
     native = _is_int4_native(checkpoint)
-    if native and args.destination is None and not args.dry_run:
+    if native and args.destination is None and not args.dry_run and args.backend is None:
         print(f"k2lite quantize: the experts of {args.source} are INT4 already; run it as it is", file=sys.stderr)
         return 0
-    plan = plan_quantization(checkpoint, _recipe(args, checkpoint), text_only=args.text_only)
+    capabilities = _capabilities(args.backend)
+    plan = plan_quantization(checkpoint, _recipe(args, checkpoint, capabilities), text_only=args.text_only)
+    if capabilities is not None:
+        demand_recipe(_formats(plan), args.backend, capabilities)
     print(as_text(args.source, plan), file=sys.stderr)
     if args.dry_run:
         _say_plan(args, plan)
@@ -109,13 +119,35 @@ def _say_plan(args: argparse.Namespace, plan: QuantizationPlan) -> None:
         print(json.dumps({**plan_facts(plan), "time": took}))
 
 
-def _recipe(args: argparse.Namespace, checkpoint: Checkpoint) -> Recipe:
-    """The user's choice, else what is good for this source."""
+def _capabilities(backend: str | None) -> Capabilities | None:
+    """The table of the backend that is named; it need not be ready on this machine."""
+    if backend is None:
+        return None
+    from k2lite.backends.registry import AUTO, backend_names, find
+
+    if backend == AUTO:
+        raise RequestError(f"--backend auto names none; the folder is made for one of {', '.join(backend_names())}")
+    return find(backend).checked_spec().capabilities
+
+
+def _formats(plan: QuantizationPlan) -> dict[str, set[str]]:
+    formats: dict[str, set[str]] = {}
+    for matrix in plan.matrices:
+        if len(matrix.source.shape) == 2:
+            formats.setdefault(matrix.kind, set()).add(matrix.target.name)
+    return formats
+
+
+def _recipe(args: argparse.Namespace, checkpoint: Checkpoint, capabilities: Capabilities | None) -> Recipe:
+    """The user's choice, else what is good for this source and the backend that is named."""
     from dataclasses import replace
 
+    from k2lite.backend_check import recipe_for
     from k2lite.quant.recipe import default_recipe, parse_rule
 
     recipe = default_recipe(set(checkpoint.formats().get("routed experts", {})))
+    if capabilities is not None:
+        recipe = recipe_for(checkpoint, recipe, args.backend, capabilities)
     given = {name: getattr(args, name) for name in ("experts", "trunk", "lm_head", "scale_search")}
     chosen = {name: value for name, value in given.items() if value is not None}
     if args.importance is not None:  # it has no other use

@@ -1,0 +1,70 @@
+"""Experts for a backend that multiplies other bytes than those stored, or in another memory: packed on the way.
+
+Invariant: a group's packed experts stay as they are until the next group is asked for or the lease ends. The cache
+below keeps the checkpoint's bytes; what is packed lies in a few places that are filled anew for each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+
+from k2lite.backends.base import Backend
+from k2lite.quant.checkpoint import Checkpoint
+from k2lite.quant.types import PROJECTIONS, ExpertKey, ExpertWeights
+
+from .source import ExpertSource, ForwardingSource, Lease
+
+PLACES = 8
+
+
+def packing_bytes(checkpoint: Checkpoint, backend: Backend) -> int:
+    """What the places take; 0 for a backend that multiplies experts as stored, in RAM. For a whole checkpoint."""
+    schema = checkpoint.schema
+    kinds = {
+        tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS)
+        for layer in schema.expert_layers
+        for modules in (checkpoint.expert_modules(ExpertKey(layer, n)) for n in range(schema.n_routed_experts))
+    }
+    slots = [backend.expert_slot(kind) for kind in kinds]  # type: ignore[arg-type]
+    if backend.device.type == "cpu" and not any(slot.repacked for slot in slots):
+        return 0
+    return PLACES * max(slot.nbytes for slot in slots)
+
+
+class PackedSource(ForwardingSource):
+    """`source` with each expert packed by `backend` when it is handed out."""
+
+    def __init__(self, source: ExpertSource, backend: Backend) -> None:
+        super().__init__(source)
+        self._backend = backend
+        self._places: list[torch.Tensor] = []
+
+    def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
+        return _PackedLease(super().lease(layer, experts, keep), self)
+
+    def pack(self, place: int, expert: ExpertWeights) -> ExpertWeights:
+        """Put an expert into one of the places."""
+        room = self._backend.expert_slot([(matrix.format, matrix.shape) for matrix in expert])
+        while len(self._places) <= place:
+            self._places.append(self._backend.alloc(room.nbytes))
+        if self._places[place].nbytes < room.nbytes:
+            self._places[place] = self._backend.alloc(room.nbytes)
+        return self._backend.pack_expert(expert, self._places[place][: room.nbytes])
+
+
+class _PackedLease(Lease):
+    def __init__(self, lease: Lease, source: PackedSource) -> None:
+        self._lease = lease
+        self._source = source
+
+    def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:
+        for group in self._lease.ready():
+            numbers = list(group)
+            for at in range(0, len(numbers), PLACES):
+                part = numbers[at : at + PLACES]
+                yield {number: self._source.pack(place, group[number]) for place, number in enumerate(part)}
+
+    def release(self) -> None:
+        self._lease.release()
