@@ -13,9 +13,7 @@ import k2lite
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.engine import Chunk
 from k2lite.errors import RequestError
-from k2lite.offload.resident import ResidentSource, _ResidentLease
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
-from tests.engine.test_invariance import _OneByOneLease
 from tests.samples import examples
 
 IDS = [(7 * i + i * i) % 160 for i in range(41)]
@@ -75,17 +73,13 @@ def test_threads_change_no_bit(engine: k2lite.Engine, folder: Path, threads: int
         torch.set_num_threads(before)
 
 
-def test_the_order_of_arrival_changes_no_bit(engine: k2lite.Engine, folder: Path) -> None:
-    other = k2lite.load(folder, backend="cpu", context=256)
-    source = other.experts
-    assert isinstance(source, ResidentSource)
-    original = source.lease
-
-    def lease(layer: int, experts: list[int]) -> _ResidentLease:
-        return _OneByOneLease(source, original(layer, experts)._keys)  # type: ignore[attr-defined]
-
-    source.lease = lease  # type: ignore[assignment, method-assign]
+@pytest.mark.parametrize("spare", [1, 3, 9])
+def test_experts_on_the_drive_change_no_bit(engine: k2lite.Engine, folder: Path, spare: int) -> None:
+    slots = engine.config.num_experts_per_tok + spare
+    other = k2lite.load(folder, backend="cpu", context=256, resident_experts=slots)
+    assert other.placement.slots == slots < other.placement.experts
     assert torch.equal(other.logits(IDS), engine.logits(IDS))
+    assert torch.equal(chunked(other, list(range(1, len(IDS)))), engine.logits(IDS))
 
 
 def test_the_demo_is_as_near_to_the_reference_as_promised() -> None:
