@@ -17,9 +17,9 @@ from k2lite import __version__
 
 from .errors import one_line
 from .quant.errors import K2LiteError
-from .verbs import chat, demo, eval, info, quantize, run
+from .verbs import chat, demo, eval, info, quantize, run, serve
 
-VERBS = (info, run, chat, quantize, eval, demo)
+VERBS = (info, run, chat, serve, quantize, eval, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 
