@@ -12,6 +12,10 @@ from typing import Any
 
 from k2lite.engine import Engine
 from k2lite.errors import ContextLengthError, RequestError, TokenizerError
+from k2lite.grammar.answer_constraint import MAX_CALLS, AnswerConstraint, Rules
+from k2lite.grammar.json_schema import UnsupportedSchema
+from k2lite.grammar.json_writer import Grammars
+from k2lite.grammar.vocabulary import Vocabulary
 from k2lite.sampling import SamplingParams
 from k2lite.text.answer_reader import AnswerReader, ControlIds
 
@@ -55,6 +59,8 @@ class Service:
         self.limits = limits or Limits()
         self.started_s = int(time.time())
         self.control = ControlIds(engine.tokenizer)
+        self.vocabulary = Vocabulary(engine.tokenizer, engine.config.vocab_size)
+        self.grammars = Grammars(self.vocabulary)
         prefixes = PrefixCache(engine, keep=self.limits.kept_prefixes)
         self.scheduler = Scheduler(engine, slots=self.limits.slots, queue=self.limits.queue, prefixes=prefixes)
 
@@ -78,20 +84,44 @@ class Service:
     def prepare(self, conversation: Conversation, wanted: Wanted) -> AnswerRequest:
         """Check everything and build the request. Raises ApiError before any work of the engine."""
         ids, calls = self.prompt_ids(conversation)
+        thinks = bool(ids) and ids[-1] == self.control.think_begin
         reader = AnswerReader(
             self.engine.tokenizer,
-            thinks=bool(ids) and ids[-1] == self.control.think_begin,
+            thinks=thinks,
             stop=wanted.stop,
             tools={tool.name: tool.parameters for tool in conversation.tools},
             first_call=calls,
         )
-        return self._request(ids, reader, wanted)
+        return self._request(ids, reader, wanted, self._rules(conversation, wanted, calls), thinks=thinks)
+
+    def _rules(self, conversation: Conversation, wanted: Wanted, calls: int) -> Rules:
+        """What the answer may be made of. Raises ApiError for a schema that can't be kept."""
+        choice = conversation.tool_choice
+        chosen = [tool for tool in conversation.tools if not choice.startswith("=") or tool.name == choice[1:]]
+        chosen = [] if choice == "none" else chosen
+        if chosen and not self.control.can_call:
+            raise invalid("this model's tokenizer has no tokens for tool calls", "tools")
+        tools = {}
+        for tool in chosen:
+            try:
+                tools[tool.name] = self.grammars.of(tool.parameters)
+            except UnsupportedSchema as error:
+                raise invalid(f"tool {tool.name}: {error}", "tools") from error
+        try:
+            text = None if wanted.schema is None else self.grammars.of(wanted.schema)
+        except UnsupportedSchema as error:
+            raise invalid(f"response_format: {error}", "response_format") from error
+        call = "never" if not tools else "may" if choice == "auto" else "must"
+        most = MAX_CALLS if conversation.parallel_calls and not choice.startswith("=") else 1
+        return Rules(tools, call, most, text, calls)
 
     def prepare_text(self, ids: list[int], wanted: Wanted) -> AnswerRequest:
         """A plain continuation of `ids`."""
-        return self._request(ids, AnswerReader(self.engine.tokenizer, stop=wanted.stop), wanted)
+        return self._request(ids, AnswerReader(self.engine.tokenizer, stop=wanted.stop), wanted, Rules({}), thinks=False)
 
-    def _request(self, ids: list[int], reader: AnswerReader, wanted: Wanted) -> AnswerRequest:
+    def _request(
+        self, ids: list[int], reader: AnswerReader, wanted: Wanted, rules: Rules, *, thinks: bool
+    ) -> AnswerRequest:
         try:
             tokens = self.engine.check_request(len(ids), wanted.max_tokens)
             params = self._sampling(wanted.sampling or {})
@@ -99,7 +129,17 @@ class Service:
             raise invalid(str(error), "messages", code="context_length_exceeded") from error
         except RequestError as error:
             raise invalid(str(error)) from error
-        return AnswerRequest(ids, params, tokens, reader, top_logprobs=wanted.top_logprobs)
+        may_think = self.control.think_begin is not None and ids[-1] != self.control.think_end
+        constraint = AnswerConstraint(
+            self.vocabulary, self.control, rules, self.engine.stop_ids, thinks=thinks, may_think=may_think
+        )
+        if constraint.shortest() > tokens:
+            raise invalid(
+                f"the shortest valid answer takes {constraint.shortest()} tokens and {tokens} are allowed: "
+                "raise max_tokens or simplify the schema",
+                "max_tokens",
+            )
+        return AnswerRequest(ids, params, tokens, reader, constraint, wanted.top_logprobs)
 
     def _sampling(self, given: Mapping[str, Any]) -> SamplingParams:
         named = {name: value for name, value in given.items() if value is not None}
