@@ -1,7 +1,7 @@
-"""What an answer may be made of: free text, calls of declared tools with valid arguments, or JSON that satisfies a schema.
+"""What an answer may be made of: free text, calls of declared tools with valid arguments, or JSON of a schema.
 
-Invariant: at every point the tokens that are left suffice for a valid end; a token after which they would not is replaced
-by the first of the shortest end, which is then written out. So every call that is opened is completed, and is valid.
+Invariant: at every point the tokens that are left suffice for a valid end; a token after which they would not is
+replaced by the first of the shortest end, which is then written out. So every opened call is completed, and is valid.
 """
 
 from __future__ import annotations
@@ -69,7 +69,13 @@ class AnswerConstraint:
         self._writer: JsonWriter | None = None
         self._structural = sorted(
             token
-            for token in (control.section_begin, control.section_end, control.call_begin, control.call_end, control.arguments)
+            for token in (
+                control.section_begin,
+                control.section_end,
+                control.call_begin,
+                control.call_end,
+                control.arguments,
+            )
             if token is not None
         )
         self._names = {name: f"functions.{name}:".encode() for name in rules.tools}
@@ -225,7 +231,9 @@ class AnswerConstraint:
             self._free[self._structural] = False
             self._free[torch.from_numpy(~self._vocabulary.ordinary)] = False
             ends = [token for token in self._stop_ids if token < self._vocabulary.size]
-            self._free[[*ends, *(token for token in (self._control.think_begin, self._control.think_end) if token)]] = True
+            self._free[[*ends, *(token for token in (self._control.think_begin, self._control.think_end) if token)]] = (
+                True
+            )
         begin = self._control.section_begin
         if begin is not None:
             self._free[begin] = self._rules.call == "may" and self._call_fits(left)
@@ -258,9 +266,8 @@ class AnswerConstraint:
             names = self._candidates(written)
             if not names or len(self._shortest_call(names, written)) + 1 > room:
                 return False
-        elif at is _At.SECTION and token == control.call_begin:
-            if min(self._endings.values()) > room:
-                return False
+        elif at is _At.SECTION and token == control.call_begin and min(self._endings.values()) > room:
+            return False
         self._write(token)
         return True
 

@@ -1,8 +1,7 @@
 """A JSON schema as a grammar whose every text satisfies it.
 
-Narrower than the schema in places, never wider: properties come in the order in which they are declared, undeclared ones
-only where additionalProperties asks for them. A keyword that a grammar can't keep is refused by name (UnsupportedSchema).
-Annotations and unknown keywords are passed over, as JSON Schema says; `format` is an annotation.
+Narrower than the schema in places, never wider: properties come in the order in which they are declared, undeclared
+ones only where additionalProperties asks for them. A keyword that a grammar can't keep is refused by name. Annotations and unknown keywords are passed over, as JSON Schema says; `format` is an annotation.
 """
 
 from __future__ import annotations
@@ -343,8 +342,10 @@ def _tags(branch: Any) -> dict[str, Any]:
     properties, required = branch.get("properties") or {}, branch.get("required") or []
     found = {}
     for name, sub in properties.items():
-        values = [sub["const"]] if isinstance(sub, Mapping) and "const" in sub else (
-            sub.get("enum") if isinstance(sub, Mapping) else None
+        values = (
+            [sub["const"]]
+            if isinstance(sub, Mapping) and "const" in sub
+            else (sub.get("enum") if isinstance(sub, Mapping) else None)
         )
         if name in required and isinstance(values, list) and len(values) == 1:
             found[name] = values[0]

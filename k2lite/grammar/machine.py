@@ -1,7 +1,7 @@
 """Follows a text through a grammar byte by byte, in every way it can be read, and knows the shortest way to its end.
 
-Invariant: what was advanced over is the beginning of a text of the grammar, and `shortest` completes it to one. A way is a
-stack of nodes still to come; stacks share their tails and are made once, so what was seen before costs a look-up.
+Invariant: what was advanced over is the beginning of a text of the grammar, and `shortest` completes it to one. A way
+is a stack of nodes still to come; stacks share tails and are made once, so what was seen before costs a look-up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Cell:
         self.node = node
         self.below = below
         own = len(node.shortest or b"")
-        self.bytes_left = own + (below.bytes_left if below else 0)
+        self.bytes_left: int = own + (below.bytes_left if below else 0)
         self.steps: list[tuple[frozenset[int], Cell | None]] | None = None
 
 

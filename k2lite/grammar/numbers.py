@@ -1,7 +1,7 @@
 """JSON numbers between bounds, as patterns of digits.
 
-Invariant: every text is a number within the bounds, and every integer within them has a text. Fractions are taken between
-whole numbers that both lie within the bounds; where there is no whole number, with as many digits as the bounds have.
+Invariant: every text is a number within the bounds, and every integer within them has a text. Fractions are taken
+between whole numbers that both lie within the bounds; where there is none, the middle of the bounds is the one text.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def numbers(low: Decimal | None, high: Decimal | None, *, open_low: bool, open_h
     above = _natural(max(0, math.ceil(low)) if low is not None else 0, None if high is None else math.floor(high) - 1)
     if above is not None:
         options.append(Lexeme(Seq(above, _FRACTION)))
-    below = _natural(
-        max(0, math.ceil(-high)) if high is not None else 0, None if low is None else math.floor(-low) - 1
-    )
+    below = _natural(max(0, math.ceil(-high)) if high is not None else 0, None if low is None else math.floor(-low) - 1)
     if below is not None:
         options.append(Lexeme(Seq(Literal(b"-"), below, _FRACTION)))
     if not options and low is not None and high is not None:

@@ -1,7 +1,7 @@
 """`pattern`: a regular expression as a grammar of the JSON strings that it finds something in.
 
-Takes what Python's own parser of regular expressions reads, less what looks around: assertions, back references, lazy and
-possessive marks make no difference to a whole text or are refused. \\d, \\w and \\s mean ASCII.
+Takes what Python's own parser of regular expressions reads, less what looks around or back and flags, which are refused.
+\\d, \\w and \\s mean ASCII.
 """
 
 from __future__ import annotations

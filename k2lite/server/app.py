@@ -1,6 +1,6 @@
 """Routes, keys, body limits and disconnects: the outside of the server.
 
-Built on Starlette (routing, streaming) and run by uvicorn: both small, long kept, and without a framework's own ideas of
+Built on Starlette (routing, streaming) and run by uvicorn: both small, long kept, and without ideas of their own on
 validation, which must answer in each API's own shape here.
 """
 
@@ -11,23 +11,34 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from . import openai_chat
+from . import anthropic_messages, openai_chat, openai_completions
 from .answering import AnswerRequest
 from .errors import ApiError, broken, invalid
 from .fields import Fields, parse_object
+from .metrics import Metrics
 from .service import Answer, Service
 
 ErrorBody = Callable[[ApiError], dict[str, Any]]
 Handler = Callable[[Request], Awaitable[Response]]
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 log = logging.getLogger("k2lite.server")
 
 
@@ -37,14 +48,26 @@ class Server:
     def __init__(self, service: Service, *, key: str | None = None) -> None:
         self.service = service
         self._key = key
+        self._metrics = Metrics(service)
 
     def app(self) -> Starlette:
         """The ASGI application; its lifespan starts and ends the scheduler."""
+        openai, anthropic = openai_chat.error_body, anthropic_messages.error_body
         routes = [
-            self._route("/v1/chat/completions", self.chat, openai_chat.error_body),
-            self._route("/v1/models", self.models, openai_chat.error_body, methods=["GET"]),
+            self._route("/v1/chat/completions", self.chat, openai),
+            self._route("/v1/completions", self.completions, openai),
+            self._route("/v1/models", self.models, openai, methods=["GET"]),
+            self._route("/v1/models/{name:path}", self.model, openai, methods=["GET"]),
+            self._route("/v1/messages", self.messages, anthropic),
+            self._route("/v1/messages/count_tokens", self.count_tokens, anthropic),
+            self._route("/metrics", self.prometheus, openai, methods=["GET"]),
+            self._route("/api/state", self.state, openai, methods=["GET"]),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/", self.page),
         ]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        failed: Any = {HTTPException: _no_such_page}
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=failed)
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -61,20 +84,82 @@ class Server:
         writer = openai_chat.ChatWriter(self.service)
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
-        options = fields.object("stream_options")
-        include_usage = options is not None and options.boolean("include_usage")
+        include_usage = _include_usage(fields)
         return await self._stream(prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
 
-    async def models(self, _: Request) -> Response:
-        context = self.service.engine.placement.context_tokens
-        model = {
+    async def completions(self, request: Request) -> Response:
+        fields = await self._body(request)
+        if fields.get("suffix"):
+            raise invalid("suffix is not supported: Kimi-K2 was not trained to fill in", "suffix")
+        wanted = openai_chat.read_wanted(fields)
+        limit = wanted.max_tokens or openai_completions.DEFAULT_MAX_TOKENS
+        ids = await run_in_threadpool(openai_completions.read_prompt, fields, self.service)
+        prepared = self.service.prepare_text(ids, replace(wanted, max_tokens=limit, top_logprobs=None))
+        writer = openai_completions.CompletionWriter(self.service)
+        if not fields.boolean("stream"):
+            return JSONResponse(await self._whole(request, prepared, writer.whole))
+        include_usage = _include_usage(fields)
+        return await self._stream(prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
+
+    async def messages(self, request: Request) -> Response:
+        fields = await self._body(request)
+        conversation, wanted = await run_in_threadpool(anthropic_messages.read_request, fields, self.service.limits)
+        prepared = await run_in_threadpool(self.service.prepare, conversation, wanted)
+        writer = anthropic_messages.MessageWriter(self.service)
+        if not fields.boolean("stream"):
+            return JSONResponse(await self._whole(request, prepared, writer.whole))
+        return await self._stream(prepared, writer.stream)
+
+    async def count_tokens(self, request: Request) -> Response:
+        fields = await self._body(request)
+        conversation = await run_in_threadpool(anthropic_messages.read_conversation, fields, self.service.limits)
+        ids, _ = await run_in_threadpool(self.service.prompt_ids, conversation)
+        return JSONResponse({"input_tokens": len(ids)})
+
+    async def models(self, request: Request) -> Response:
+        if "anthropic-version" in request.headers:
+            model = self._anthropic_model()
+            name = self.service.name
+            return JSONResponse({"data": [model], "has_more": False, "first_id": name, "last_id": name})
+        return JSONResponse({"object": "list", "data": [self._openai_model()]})
+
+    async def model(self, request: Request) -> Response:
+        if request.path_params["name"] != self.service.name:
+            raise ApiError(404, f"there is one model here: {self.service.name}", code="model_not_found")
+        anthropic = "anthropic-version" in request.headers
+        return JSONResponse(self._anthropic_model() if anthropic else self._openai_model())
+
+    def _openai_model(self) -> dict[str, Any]:
+        return {
             "id": self.service.name,
             "object": "model",
             "created": self.service.started_s,
             "owned_by": "k2lite",
-            "max_model_len": context,
+            "max_model_len": self.service.engine.placement.context_tokens,
         }
-        return JSONResponse({"object": "list", "data": [model]})
+
+    def _anthropic_model(self) -> dict[str, Any]:
+        created = datetime.fromtimestamp(self.service.started_s, UTC).isoformat()
+        return {"type": "model", "id": self.service.name, "display_name": self.service.name, "created_at": created}
+
+    async def prometheus(self, _: Request) -> Response:
+        return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def state(self, _: Request) -> Response:
+        return JSONResponse(self._metrics.state())
+
+    async def health(self, _: Request) -> Response:
+        """Whether the process answers at all."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """Whether a request would be answered now."""
+        ready = self.service.scheduler.alive
+        return JSONResponse({"status": "ready" if ready else "stopping"}, status_code=200 if ready else 503)
+
+    async def page(self, _: Request) -> Response:
+        """The page; its script asks for a key where the server wants one."""
+        return HTMLResponse(files("k2lite.server").joinpath("page.html").read_text("utf-8"), headers=PAGE_HEADERS)
 
     def _route(self, path: str, handler: Handler, shape: ErrorBody, *, methods: list[str] | None = None) -> Route:
         async def guarded(request: Request) -> Response:
@@ -146,6 +231,17 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._running.__aexit__(None, None, None)
+
+
+def _include_usage(fields: Fields) -> bool:
+    options = fields.object("stream_options")
+    return options is not None and options.boolean("include_usage")
+
+
+async def _no_such_page(_: Request, error: Exception) -> Response:
+    """404 and 405 in JSON: a client may be looking at it."""
+    status = getattr(error, "status_code", 404)
+    return error_response(ApiError(status, "there is nothing here for this method"), openai_chat.error_body)
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,7 +1,7 @@
 """A conversation in the one form that templates know, whichever API it came through.
 
-Invariant: ids of calls are `functions.NAME:N`, N counted over the whole conversation, because the models were trained on
-these; a client may use any ids of its own, and its history alone says which is which, so the server remembers nothing.
+Invariant: ids of calls are `functions.NAME:N`, N counted over the whole conversation: the models were trained on these.
+A client may use any ids of its own; its history alone says which is which, so the server remembers nothing.
 """
 
 from __future__ import annotations

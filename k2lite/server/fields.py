@@ -58,7 +58,8 @@ class Fields:
         return self.values.get(name)
 
     def string(self, name: str, default: str | None = None) -> str | None:
-        return self._typed(name, str, "a string", default)
+        value: str | None = self._typed(name, str, "a string", default)
+        return value
 
     def required_string(self, name: str) -> str:
         value = self.string(name)

@@ -202,7 +202,9 @@ class ChatWriter:
 
     def _token(self, number: int, logprob: float) -> dict[str, Any]:
         tokenizer = self._service.engine.tokenizer
-        raw = b"" if number in self._service.control.all or number >= tokenizer.n_vocab else tokenizer.token_bytes(number)
+        raw = (
+            b"" if number in self._service.control.all or number >= tokenizer.n_vocab else tokenizer.token_bytes(number)
+        )
         return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 

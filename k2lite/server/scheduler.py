@@ -121,7 +121,7 @@ class Scheduler:
                 if self._closing and not self._active and not admitted:
                     return
             for job in admitted:
-                self._guarded(job, lambda job=job: self._admit(job))  # type: ignore[misc]
+                self._guarded(job, lambda job=job: self._admit(job))
             if self._active:
                 self._step()
 
@@ -157,7 +157,7 @@ class Scheduler:
             del active.todo[: len(chunks[active].ids)]
             if len(logits):
                 made += 1
-                self._guarded(active.job, lambda a=active, row=logits[0]: self._choose(a, row))  # type: ignore[misc]
+                self._guarded(active.job, lambda a=active, row=logits[0]: self._choose(a, row))
         seconds = time.perf_counter() - began
         self.totals.steps += 1
         self.totals.step_s += seconds
@@ -202,9 +202,11 @@ class Scheduler:
         usage.reasoning_tokens += reader.state is State.REASONING
         spoken = reader.state is State.TEXT
         events = reader.feed(chosen)
-        records = [self._record(token, chosen, logits, request.top_logprobs)] if spoken and (
-            request.top_logprobs is not None
-        ) else []
+        records = (
+            [self._record(token, chosen, logits, request.top_logprobs)]
+            if spoken and (request.top_logprobs is not None)
+            else []
+        )
         if reader.stopped is not None or not active.left or (constraint and constraint.finished):
             self._finish(active, [*events, *reader.flush()], records)
             return

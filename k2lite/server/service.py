@@ -117,7 +117,9 @@ class Service:
 
     def prepare_text(self, ids: list[int], wanted: Wanted) -> AnswerRequest:
         """A plain continuation of `ids`."""
-        return self._request(ids, AnswerReader(self.engine.tokenizer, stop=wanted.stop), wanted, Rules({}), thinks=False)
+        return self._request(
+            ids, AnswerReader(self.engine.tokenizer, stop=wanted.stop), wanted, Rules({}), thinks=False
+        )
 
     def _request(
         self, ids: list[int], reader: AnswerReader, wanted: Wanted, rules: Rules, *, thinks: bool

@@ -11,8 +11,9 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 from .reasoning import BEGIN as THINK_BEGIN, END as THINK_END
 from .stream import TextStream
@@ -22,19 +23,22 @@ _ID = re.compile(r"(?:functions\.)?(.+):\d+")
 _COUNTER = re.compile(r"\d*")
 
 
-class Reasoning(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Reasoning:
     """A piece of what the model thinks."""
 
     text: str
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Text:
     """A piece of what the model says."""
 
     text: str
 
 
-class CallBegin(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CallBegin:
     """A call begins: its place in this answer, its canonical id over the whole conversation, the tool's name."""
 
     index: int
@@ -42,7 +46,8 @@ class CallBegin(NamedTuple):
     name: str
 
 
-class CallArguments(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CallArguments:
     """A piece of the arguments of call `index`, JSON."""
 
     index: int
@@ -84,7 +89,7 @@ class State(Enum):
 
 class AnswerReader:
     """Feed it ids; `state` says where the answer is, `calls` how many calls it has made, `stopped` which stop string
-    ended it. `tools` maps the declared names to their schemas; `first_call` is the number of calls before this answer."""
+    ended it. `tools` maps declared names to schemas; `first_call` is the number of calls before this answer."""
 
     def __init__(
         self,

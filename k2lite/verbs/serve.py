@@ -22,9 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="which port, 0 for a free one (default: %(default)s)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key clients must show, one line")
-    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model (default: the folder's)")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="what clients call the model (default: the folder's)"
+    )
     parser.add_argument("--slots", type=int, default=4, metavar="N", help="answers at a time (default: %(default)s)")
-    parser.add_argument("--queue", type=int, default=32, metavar="N", help="requests that may wait (default: %(default)s)")
+    parser.add_argument(
+        "--queue", type=int, default=32, metavar="N", help="requests that may wait (default: %(default)s)"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
