@@ -212,6 +212,8 @@ def _rule(node: Node, name) -> str:  # type: ignore[no-untyped-def]
         possible = [item for item in node.items if item.shortest is not None]
         return " | ".join(name(item) for item in possible)
     if isinstance(node, Repeat):
+        if node.high == 0:
+            return '""'
         return f"{name(node.item)}{{{node.low},{'' if node.high is None else node.high}}}"
     if isinstance(node, Ref) and node.target is not None:
         return str(name(node.target))
