@@ -1,7 +1,8 @@
 """A JSON schema as a grammar whose every text satisfies it.
 
 Narrower than the schema in places, never wider: properties come in the order in which they are declared, undeclared
-ones only where additionalProperties asks for them. A keyword that a grammar can't keep is refused by name. Annotations and unknown keywords are passed over, as JSON Schema says; `format` is an annotation.
+ones only where additionalProperties asks for them. A keyword that a grammar can't keep is refused by name; annotations
+and unknown keywords are passed over, as JSON Schema says (`format` is an annotation).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`pattern`: a regular expression as a grammar of the JSON strings that it finds something in.
 
-Takes what Python's own parser of regular expressions reads, less what looks around or back and flags, which are refused.
+Takes what Python's own parser of regular expressions reads; what looks around or back, and flags, are refused.
 \\d, \\w and \\s mean ASCII.
 """
 

@@ -1,7 +1,7 @@
 """A tokenizer's tokens as bytes, for masks and for writing any bytes in tokens.
 
-Masks are llguidance's: it takes any grammar of ours, needs neither torch nor a compiler, and is kept by those who use it
-(llama.cpp, vLLM, SGLang); xgrammar pulls in triton and transformers and compiles ahead.
+Masks are llguidance's: it takes any grammar of ours, needs neither torch nor a compiler, and many use it (llama.cpp,
+vLLM, SGLang); xgrammar pulls in triton and transformers and compiles ahead.
 """
 
 from __future__ import annotations

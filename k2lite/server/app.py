@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from . import anthropic_messages, openai_chat, openai_completions
+from . import anthropic_messages, openai_chat, openai_completions, openai_responses
 from .answering import AnswerRequest
 from .errors import ApiError, broken, invalid
 from .fields import Fields, parse_object
@@ -58,6 +58,7 @@ class Server:
             self._route("/v1/completions", self.completions, openai),
             self._route("/v1/models", self.models, openai, methods=["GET"]),
             self._route("/v1/models/{name:path}", self.model, openai, methods=["GET"]),
+            self._route("/v1/responses", self.responses, openai),
             self._route("/v1/messages", self.messages, anthropic),
             self._route("/v1/messages/count_tokens", self.count_tokens, anthropic),
             self._route("/metrics", self.prometheus, openai, methods=["GET"]),
@@ -106,6 +107,15 @@ class Server:
         conversation, wanted = await run_in_threadpool(anthropic_messages.read_request, fields, self.service.limits)
         prepared = await run_in_threadpool(self.service.prepare, conversation, wanted)
         writer = anthropic_messages.MessageWriter(self.service)
+        if not fields.boolean("stream"):
+            return JSONResponse(await self._whole(request, prepared, writer.whole))
+        return await self._stream(prepared, writer.stream)
+
+    async def responses(self, request: Request) -> Response:
+        fields = await self._body(request)
+        conversation, wanted = await run_in_threadpool(openai_responses.read_request, fields, self.service.limits)
+        prepared = await run_in_threadpool(self.service.prepare, conversation, wanted)
+        writer = openai_responses.ResponseWriter(self.service)
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
         return await self._stream(prepared, writer.stream)
