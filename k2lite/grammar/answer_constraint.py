@@ -175,6 +175,11 @@ class AnswerConstraint:
         return [name for name, header in self._names.items() if header.startswith(written)]
 
     def _allowed(self, left: int) -> Mask:
+        if self._at is _At.ARGUMENTS:
+            assert self._writer is not None
+            going_on = self._writer.mask()
+            going_on[_known([self._control.call_end])] = self._writer.complete()
+            return going_on
         allow = np.zeros(self._vocabulary.size, dtype=np.bool_)
         control, at = self._control, self._at
         if at is _At.THOUGHT:
@@ -195,10 +200,6 @@ class AnswerConstraint:
         elif at is _At.NAME:
             for token, text in self._header_tokens():
                 allow[token] = any(header.startswith(self._name + text) for header in self._names.values())
-        else:
-            assert self._writer is not None
-            allow |= self._writer.mask()
-            allow[_known([control.call_end])] = self._writer.complete()
         return allow
 
     def _allow_json(self, allow: Mask, left: int) -> None:

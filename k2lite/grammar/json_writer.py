@@ -77,9 +77,12 @@ class JsonWriter:
     def mask(self) -> Mask:
         """Tokens that go on with the text. All ordinary ones where llguidance gave up: `after` still judges."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        mask: Mask = np.unpackbits(bits, count=self._vocabulary.size, bitorder="little").astype(np.bool_)
-        mask &= self._vocabulary.ordinary
-        return self._vocabulary.ordinary.copy() if self._matcher.is_error() else mask
+        if self._matcher.is_error():
+            return self._vocabulary.ordinary.copy()
+        packed = self._vocabulary.ordinary_bits
+        return np.unpackbits(bits[: len(packed)] & packed, count=self._vocabulary.size, bitorder="little").view(
+            np.bool_
+        )
 
     def after(self, token: int) -> State | None:
         """The state after a token, None if the text can't go on with it."""

@@ -38,6 +38,11 @@ class Vocabulary:
         return np.array([bool(text) for text in self.texts])
 
     @cached_property
+    def ordinary_bits(self) -> npt.NDArray[np.uint8]:
+        """The same, a bit a token, lowest first."""
+        return np.packbits(self.ordinary, bitorder="little")
+
+    @cached_property
     def ids(self) -> dict[bytes, int]:
         """The token that stands for a text, where one does."""
         return {text: token for token, text in enumerate(self.texts) if text}

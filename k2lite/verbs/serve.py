@@ -57,13 +57,29 @@ def serve(engine: Engine, name: str, args: argparse.Namespace, key: str | None) 
     from k2lite.server.listening import listen, run
     from k2lite.server.service import Limits, Service
 
-    service = Service(engine, name=name, limits=Limits(slots=args.slots, queue=args.queue))
+    limits = Limits(slots=args.slots, queue=args.queue)
+    plan_caches(engine, limits.slots + limits.kept_prefixes)
+    service = Service(engine, name=name, limits=limits)
     socket = listen(args.host, args.port)
     port = socket.getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"k2lite: {name} answers at http://{host}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
     run(Server(service, key=key).app(), socket)
     return 0
+
+
+def plan_caches(engine: Engine, sequences: int) -> None:
+    """Say what the KV caches of so many full sequences take. Raises MemoryPlanError where it is not there."""
+    from k2lite.backends.host_memory import host_memory
+    from k2lite.errors import MemoryPlanError
+    from k2lite.placement import gib
+
+    plan = engine.placement
+    needed, available = sequences * plan.kv_bytes, host_memory().available_bytes
+    what = f"KV for {sequences} sequences of {plan.context_tokens} tokens {gib(needed)}"
+    if needed > available:
+        raise MemoryPlanError(f"{what}; {gib(available)} is available: fewer --slots or a smaller --context need less")
+    print(f"k2lite: {what}", file=sys.stderr)
 
 
 def read_key(path: Path | None) -> str | None:
