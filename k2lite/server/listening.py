@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 
 import uvicorn
 from starlette.applications import Starlette
@@ -42,4 +43,5 @@ def config(app: Starlette) -> uvicorn.Config:
 
 def run(app: Starlette, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM; then answers in progress get GRACE_S seconds."""
-    uvicorn.Server(config(app)).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # uvicorn raises it once more when all is closed
+        uvicorn.Server(config(app)).run(sockets=[listening])

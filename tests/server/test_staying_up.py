@@ -1,5 +1,5 @@
-"""What must not bring the server down or keep a slot: clients that leave, full queues, wrong keys, odd bodies, a failing
-engine."""
+"""What must not bring the server down or keep a slot: clients that leave, full queues, wrong keys, odd bodies, engines
+that fail."""
 
 from __future__ import annotations
 
@@ -71,17 +71,14 @@ def test_neighbours_do_not_change_an_answer(random_server: tuple[str, Service]) 
     assert together == alone
 
 
-def test_a_request_the_engine_fails_at_fails_alone(
-    random_engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_request_the_engine_fails_at_fails_alone(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Engine.step
 
     def step(self: Engine, chunks: Any) -> Any:
-        if any(chunk.ids[-1] == poisoned or len(chunk.sequence.ids) == 0 and chunk.ids[0] == 65 for chunk in chunks):
+        if any(chunk.ids[0] == 65 and not chunk.sequence.ids for chunk in chunks):
             raise CheckpointError("/secret/path/model-1.safetensors: can't be read: Input/output error")
         return real(self, chunks)
 
-    poisoned = -1
     with served(random_engine) as (address, _):
         url = f"{address}/v1/completions"
         with httpx.stream("POST", url, json={"prompt": [66, 67], "max_tokens": 1500, "stream": True}) as neighbour:
@@ -134,8 +131,8 @@ def test_an_odd_body_is_refused(random_engine: Engine, body: bytes, status: int)
             assert reply.json()["error"]["message"]
 
 
-def test_hostile_clients_leave_the_server_answering(random_server: tuple[str, Service], soak: bool) -> None:
-    """Malformed, cut and half-closed requests: no 5xx, and no thread more than before."""
+def test_hostile_clients_leave_the_server_answering(random_server: tuple[str, Service]) -> None:
+    """Malformed, cut and half-closed requests: no 5xx, and nothing left in a slot."""
     address, service = random_server
     rng = random.Random(9)
     where = urlsplit(address)
@@ -158,7 +155,6 @@ def test_hostile_clients_leave_the_server_answering(random_server: tuple[str, Se
             assert not reply.startswith(b"HTTP/1.1 5"), (reply, bytes(raw))
     assert soon(lambda: service.scheduler.running + service.scheduler.waiting == 0)
     assert httpx.get(f"{address}/ready").status_code == 200
-    assert soak in (True, False)
 
 
 def test_what_is_watched(demo_server: tuple[str, Service], client: openai.OpenAI) -> None:
