@@ -29,12 +29,13 @@ from .verbs import (
     quantize,
     replay,
     run,
+    serve,
     stats,
     trace,
     verify,
 )
 
-VERBS = (info, plan, run, chat, quantize, verify, export, eval, bench, trace, replay, stats, backends, demo)
+VERBS = (info, plan, run, chat, serve, quantize, verify, export, eval, bench, trace, replay, stats, backends, demo)
 USER_ERROR = 2
 INTERRUPTED = 130
 

@@ -46,6 +46,7 @@ class Sequence:
     def __init__(self, config: ModelConfig, max_tokens: int, device: torch.device) -> None:
         self.ids: list[int] = []
         self.max_tokens = max_tokens
+        self._config, self._device = config, device
         self._cache: LatentCache | None = LatentCache(config, max_tokens, device)
 
     @property
@@ -58,6 +59,13 @@ class Sequence:
         """Forget all but the first `length` tokens: what is common with a next prompt need not be computed again."""
         self.cache.truncate(length)
         del self.ids[length:]
+
+    def fork(self, length: int) -> Sequence:
+        """A sequence of its own that begins with the first `length` tokens of this one; their cache is copied."""
+        other = Sequence(self._config, self.max_tokens, self._device)
+        other.cache.copy_from(self.cache, length)
+        other.ids = self.ids[:length]
+        return other
 
     def close(self) -> None:
         self._cache = None

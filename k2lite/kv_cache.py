@@ -37,3 +37,10 @@ class LatentCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"can't truncate a cache of {self.length} tokens to {length}")
         self.length = length
+
+    def copy_from(self, other: LatentCache, length: int) -> None:
+        """Become the first `length` tokens of another cache of the same model."""
+        if not 0 <= length <= min(other.length, self.capacity):
+            raise ValueError(f"can't copy {length} tokens from a cache of {other.length} into one for {self.capacity}")
+        self._rows[:, :length] = other._rows[:, :length]
+        self.length = length

@@ -1,0 +1,1 @@
+"""Constrained decoding: JSON schemas as byte grammars, masks of allowed tokens, and the shortest valid end."""

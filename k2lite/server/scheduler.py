@@ -1,0 +1,263 @@
+"""Several requests through one engine: every step takes a token of each answer in progress and a share of the prompts.
+
+Invariant: one thread alone touches the engine, and an answer's tokens don't depend on what else is in progress (the
+engine's promise). First come, first served; a job that fails or is cancelled leaves at the next step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from k2lite.engine import Chunk, Engine, Sequence
+from k2lite.quant.errors import K2LiteError
+from k2lite.sampling import Token, sample
+from k2lite.text.answer_reader import State
+
+from .answering import Failure, Finish, Job, News, Piece, TokenRecord
+from .prefix_cache import PrefixCache
+
+PROMPT_TOKENS_A_STEP = 512
+log = logging.getLogger("k2lite.server")
+
+
+@dataclass
+class Totals:
+    """Counted since the start, for /metrics."""
+
+    requests: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    decode_rate: float = 0.0  # tokens/s of late, all answers together
+
+
+@dataclass(eq=False)
+class _Active:
+    job: Job
+    sequence: Sequence
+    todo: list[int]  # tokens that are not in the cache yet
+    made: list[int] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return self.job.request.max_tokens - len(self.made)
+
+
+class Scheduler:
+    """`slots` answers at a time, `queue` more waiting; what comes then is refused by `submit`."""
+
+    def __init__(self, engine: Engine, *, slots: int, queue: int, prefixes: PrefixCache) -> None:
+        self.engine = engine
+        self.slots = slots
+        self.totals = Totals()
+        self.prefixes = prefixes
+        self._queue_limit = queue
+        self._waiting: deque[Job] = deque()
+        self._active: list[_Active] = []
+        self._news = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="k2lite-scheduler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel what is in progress and end the thread."""
+        with self._news:
+            self._closing = True
+            for job in [*self._waiting, *(active.job for active in self._active)]:
+                job.cancelled = True
+            self._news.notify()
+        self._thread.join()
+
+    def submit(self, job: Job) -> bool:
+        """Queue a job; False if the queue is full."""
+        with self._news:
+            if self._closing or len(self._waiting) + len(self._active) >= self.slots + self._queue_limit:
+                self.totals.refused += 1
+                return False
+            self.totals.requests += 1
+            self._waiting.append(job)
+            self._news.notify()
+            return True
+
+    def cancel(self, job: Job) -> None:
+        """The client is gone: the slot is free at the next step."""
+        with self._news:
+            job.cancelled = True
+            self._news.notify()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._active)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closing
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                while not self._waiting and not self._active and not self._closing:
+                    self._news.wait()
+                self._drop_cancelled()
+                admitted = self._take_waiting()
+                if self._closing and not self._active and not admitted:
+                    return
+            for job in admitted:
+                self._guarded(job, lambda job=job: self._admit(job))
+            if self._active:
+                self._step()
+
+    def _drop_cancelled(self) -> None:
+        gone = [active for active in self._active if active.job.cancelled]
+        for active in gone:
+            self._retire(active)
+        before = len(self._waiting)
+        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self.totals.cancelled += len(gone) + before - len(self._waiting)
+
+    def _take_waiting(self) -> list[Job]:
+        free = self.slots - len(self._active)
+        return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+
+    def _admit(self, job: Job) -> None:
+        ids = job.request.ids
+        sequence = self.prefixes.take(ids)
+        job.usage.prompt_tokens, job.usage.cached_tokens = len(ids), len(sequence.ids)
+        self.totals.prompt_tokens += len(ids)
+        self.totals.cached_tokens += len(sequence.ids)
+        self._active.append(_Active(job, sequence, ids[len(sequence.ids) :]))
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        chunks: dict[_Active, Chunk] = {}
+        for active, share in zip(self._active, self._shares(), strict=True):
+            if share:
+                last = share == len(active.todo)
+                chunks[active] = Chunk(active.sequence, active.todo[:share], "last" if last else "none")
+        made = 0
+        for active, logits in self._stepped(chunks):
+            del active.todo[: len(chunks[active].ids)]
+            if len(logits):
+                made += 1
+                self._guarded(active.job, lambda a=active, row=logits[0]: self._choose(a, row))
+        seconds = time.perf_counter() - began
+        self.totals.steps += 1
+        self.totals.step_s += seconds
+        self.totals.completion_tokens += made
+        self.totals.decode_rate += 0.1 * (made / seconds - self.totals.decode_rate)
+
+    def _shares(self) -> list[int]:
+        """Tokens each active job may bring into the next step: all that decode, prompts in turn until it is full."""
+        room, shares = PROMPT_TOKENS_A_STEP, []
+        for active in self._active:
+            share = 1 if len(active.todo) == 1 else min(room, len(active.todo))
+            room -= share if share > 1 else 0
+            shares.append(share)
+        return shares
+
+    def _stepped(self, chunks: dict[_Active, Chunk]) -> list[tuple[_Active, torch.Tensor]]:
+        """Logits of each chunk. If the step fails, each chunk goes alone, so that only who is at fault fails."""
+        if not chunks:
+            return []
+        try:
+            return list(zip(chunks, self.engine.step(list(chunks.values())), strict=True))
+        except Exception as error:
+            if len(chunks) == 1:
+                self._fail(next(iter(chunks)), error)
+                return []
+        return [result for active, chunk in chunks.items() for result in self._stepped({active: chunk})]
+
+    def _choose(self, active: _Active, logits: torch.Tensor) -> None:
+        request, reader = active.job.request, active.job.request.reader
+        constraint = request.constraint
+        mask = constraint.mask(active.left) if constraint else None
+        token = sample(logits, request.params, len(active.sequence.ids), mask)
+        chosen = int(token)
+        if constraint:
+            chosen = constraint.accept(chosen, active.left)
+        active.made.append(chosen)
+        usage = active.job.usage
+        usage.completion_tokens += 1
+        if chosen in self.engine.stop_ids and chosen not in request.ignored_ids:
+            self._finish(active, reader.flush())
+            return
+        usage.reasoning_tokens += reader.state is State.REASONING
+        spoken = reader.state is State.TEXT
+        events = reader.feed(chosen)
+        records = (
+            [self._record(token, chosen, logits, request.top_logprobs)]
+            if spoken and (request.top_logprobs is not None)
+            else []
+        )
+        if reader.stopped is not None or not active.left or (constraint and constraint.finished):
+            self._finish(active, [*events, *reader.flush()], records)
+            return
+        if events or records:
+            self._tell(active.job, Piece(events, records))
+        active.todo.append(chosen)
+
+    def _record(self, token: Token, chosen: int, logits: torch.Tensor, count: int | None) -> TokenRecord:
+        if not count and chosen == token:
+            return TokenRecord(chosen, token.logprob)
+        logprobs = torch.log_softmax(logits.double(), dim=-1)
+        values, ids = torch.topk(logprobs, min(count or 0, len(logprobs)))
+        return TokenRecord(chosen, float(logprobs[chosen]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def _finish(self, active: _Active, events: list, records: list[TokenRecord] | None = None) -> None:  # type: ignore[type-arg]
+        reader, request = active.job.request.reader, active.job.request
+        if events or records:
+            self._tell(active.job, Piece(events, records or []))
+        ended = active.made[-1] in self.engine.stop_ids or reader.stopped is not None
+        done = ended or (request.constraint is not None and request.constraint.finished)
+        reason = ("tool_calls" if reader.calls else "stop") if done else "length"
+        self._retire(active)
+        self.totals.finished += 1
+        self._tell(active.job, Finish(reason, reader.stopped))  # type: ignore[arg-type]
+
+    def _retire(self, active: _Active) -> None:
+        self._active.remove(active)
+        self.prefixes.give_back(active.sequence)
+
+    def _guarded(self, job: Job, act) -> None:  # type: ignore[no-untyped-def]
+        """Do something for one job; if it fails, that job alone fails."""
+        try:
+            act()
+        except Exception as error:
+            active = next((active for active in self._active if active.job is job), None)
+            if active is not None:
+                self._fail(active, error)
+            else:
+                self._report(job, error)
+
+    def _fail(self, active: _Active, error: Exception) -> None:
+        self._active.remove(active)
+        active.sequence.close()
+        self._report(active.job, error)
+
+    def _report(self, job: Job, error: Exception) -> None:
+        self.totals.failed += 1
+        # the text of an error of ours holds no prompt; others may
+        log.error("a request failed: %s", error if isinstance(error, K2LiteError) else type(error).__name__)
+        self._tell(job, Failure(error))
+
+    def _tell(self, job: Job, news: News) -> None:
+        if not job.cancelled:
+            job.tell(news)

@@ -1,0 +1,1 @@
+"""Constrained decoding: grammars against jsonschema and llguidance, answers against their schemas."""

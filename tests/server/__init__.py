@@ -1,0 +1,1 @@
+"""The server over loopback, with the official clients, and its parts alone."""
