@@ -86,6 +86,11 @@ class CacheLease(Lease):
             self._give_back(list(self._held.values()))
             self._todo.clear()
 
+    def __del__(self) -> None:
+        # Ctrl-C may come when the lease is made and before its block is entered: nobody else can give it back then
+        if not getattr(self, "_released", True):
+            self.release()
+
     def _group(self, members: Sequence[Held]) -> Iterator[Mapping[int, ExpertWeights]]:
         if self._keep is not None and not self._todo:
             self._cache.read_on(members[0].key.layer, self._asked)

@@ -45,7 +45,7 @@ SPEC = """
 """
 
 
-def source(name: str, *, contract: int = 1, priority: int = 5, probe: str = "Probe(True, 'all is well')") -> str:
+def source(name: str, *, contract: int = 1, priority: int = 50, probe: str = "Probe(True, 'all is well')") -> str:
     return SPEC.format(name=name, contract=contract, priority=priority, probe=probe)
 
 
@@ -62,8 +62,8 @@ def test_auto_says_what_it_passed_over_and_why(install: object) -> None:
     probe = "Probe(False, 'no device node /dev/x0')"
     install("mine_b", source("better", probe=probe), "better = mine_b:spec")  # type: ignore[operator]
     lines: list[str] = []
-    assert open_backend("auto", notify=lines.append).name == "reference"
-    assert lines[0].startswith("backend reference, the best that is ready: ")
+    assert open_backend("auto", notify=lines.append).name == "cpu"
+    assert lines[0].startswith("backend cpu, the best that is ready: ")
     assert lines[0].endswith("; better is not: no device node /dev/x0")
 
 
@@ -108,7 +108,7 @@ def test_a_broken_one_is_listed_with_its_exception_and_harms_no_other(
     assert found.probe().error is not None
     with pytest.raises(BackendError, match="backend x can't be read"):
         open_backend("x")
-    assert open_backend("auto").name == "reference"
+    assert open_backend("auto").name == "cpu"
 
 
 def test_two_packages_that_offer_one_name_are_told_apart(install: object) -> None:
@@ -126,7 +126,7 @@ def test_a_name_of_ours_can_not_be_taken(install: object) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(BackendError, match=r"backend 'no' is unknown; known: auto, reference"):
+    with pytest.raises(BackendError, match=r"backend 'no' is unknown; known: auto, cpu, reference"):
         open_backend("no")
 
 

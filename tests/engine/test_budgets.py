@@ -25,13 +25,16 @@ from tests.samples import examples
 IDS = [(5 * i + i * i) % 160 for i in range(15)]
 NEVER: frozenset[int] = frozenset()
 PREFETCH = ("off", "on", "wrong")
+BACKENDS = ("reference", "cpu")
 MINIMUM = 4  # three experts of a layer and one more
 
 
 @contextmanager
-def opened(folder: Path, prefetch: str, seed: int, **options: object) -> Iterator[tuple[k2lite.Engine, ExpertCache]]:
+def opened(
+    folder: Path, prefetch: str, seed: int, *, backend: str = "reference", **options: object
+) -> Iterator[tuple[k2lite.Engine, ExpertCache]]:
     """An engine whose drive answers late and in any order; "wrong" guesses are what the router likes least."""
-    engine = k2lite.load(folder, backend="reference", prefetch=prefetch != "off", **options)  # type: ignore[arg-type]
+    engine = k2lite.load(folder, backend=backend, prefetch=prefetch != "off", **options)  # type: ignore[arg-type]
     cache = engine.experts
     assert isinstance(cache, ExpertCache)
     cache.store.files = FaultyFiles(random_delays(seed))
@@ -71,20 +74,23 @@ def test_every_budget_gives_the_same_tokens(
     chunk=st.integers(1, 15),
     policy=st.sampled_from(sorted(POLICIES)),
     seed=st.integers(0, 999),
+    backend=st.sampled_from(BACKENDS),
 )
-@settings(max_examples=examples(5), deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 def test_logits_are_the_same_bits(
-    engine: k2lite.Engine, tiny_folder: Path, slots: int, prefetch: str, chunk: int, policy: str, seed: int
+    tiny_folder: Path, slots: int, prefetch: str, chunk: int, policy: str, seed: int, backend: str
 ) -> None:
-    expected = engine.logits(IDS)
-    with opened(tiny_folder, prefetch, seed, resident_experts=slots, policy=policy, context=64) as (small, _):
+    with k2lite.load(tiny_folder, backend=backend, context=64) as whole:
+        expected = whole.logits(IDS)
+    options = {"resident_experts": slots, "policy": policy, "context": 64}
+    with opened(tiny_folder, prefetch, seed, backend=backend, **options) as (small, _):
         with small.open(64) as sequence:
             assert torch.equal(small.prefill(sequence, IDS, chunk_tokens=chunk), expected[-1])
         assert torch.equal(small.logits(IDS), expected)
 
 
 def test_of_a_prompt_what_its_last_tokens_used_is_kept(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = k2lite.load(tiny_folder, context=64)
+    other = k2lite.load(tiny_folder, backend="cpu", context=64)
     chosen: list[torch.Tensor] = []
     kept: list[object] = []
     lease = other.experts.lease
@@ -116,19 +122,22 @@ def test_random_models_at_the_minimum(tmp_path_factory: pytest.TempPathFactory, 
     folder = tmp_path_factory.mktemp("random") / "model"
     write_checkpoint(folder, config, random_weights(config, seed=seed), format=drawn.choice(["fp8", "int4", "bf16"]))
     ids = IDS[:7]
-    with k2lite.load(folder, context=32) as whole:
-        expected, tokens = whole.logits(ids), greedy(whole, ids, 4)
-    for prefetch in PREFETCH:
-        with opened(folder, prefetch, seed, resident_experts=active + 1, context=32) as (small, _):
-            assert torch.equal(small.logits(ids), expected)
-            assert greedy(small, ids, 4) == tokens
+    for backend in BACKENDS:
+        with k2lite.load(folder, backend=backend, context=32) as whole:
+            expected, tokens = whole.logits(ids), greedy(whole, ids, 4)
+        for prefetch in PREFETCH:
+            few = active + 1
+            with opened(folder, prefetch, seed, backend=backend, resident_experts=few, context=32) as (small, _):
+                assert torch.equal(small.logits(ids), expected)
+                assert greedy(small, ids, 4) == tokens
 
 
-def test_the_demo_at_the_minimum() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_demo_at_the_minimum(backend: str) -> None:
     ids = [2, 700, 31]
-    with k2lite.load(DEMO_FOLDER, context=64) as whole:
+    with k2lite.load(DEMO_FOLDER, backend=backend, context=64) as whole:
         expected = whole.logits(ids)
-    with k2lite.load(DEMO_FOLDER, context=64, resident_experts=7) as small:
+    with k2lite.load(DEMO_FOLDER, backend=backend, context=64, resident_experts=7) as small:
         assert small.placement.slots == 7
         assert torch.equal(small.logits(ids), expected)
 

@@ -21,13 +21,13 @@ from tests.offload.caches import FaultyFiles, io_error
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 SLOW_RUN = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import k2lite
 from tests.offload.caches import FaultyFiles
-engine = k2lite.load(sys.argv[1], context=64, resident_experts=4)
+engine = k2lite.load(sys.argv[1], backend="reference", context=64, resident_experts=4)
 def slow(path, offset):
-    print("reading", flush=True)
+    os.write(1, b"reading\n")
     time.sleep(60)
 engine.experts.store.files = FaultyFiles(slow)
 engine.logits([1, 2, 3])
@@ -36,7 +36,7 @@ engine.logits([1, 2, 3])
 
 def test_a_request_that_meets_a_bad_drive_fails_and_the_next_one_runs(engine: k2lite.Engine, tiny_folder: Path) -> None:
     expected = engine.logits(IDS)
-    other = k2lite.load(tiny_folder, context=64, resident_experts=5)
+    other = k2lite.load(tiny_folder, backend="reference", context=64, resident_experts=5)
     cache = other.experts
     assert isinstance(cache, ExpertCache)
     files = FaultyFiles()
@@ -55,9 +55,8 @@ def test_a_request_that_meets_a_bad_drive_fails_and_the_next_one_runs(engine: k2
 
 
 def test_sigterm_in_mid_read_ends_the_process_at_once(tiny_folder: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_RUN, str(tiny_folder)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", SLOW_RUN, str(tiny_folder)]
+    process = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"reading\n"
     sent = time.monotonic()

@@ -22,7 +22,7 @@ def test_pressure_shrinks_the_arena_to_its_minimum_and_changes_no_bit(
     engine: k2lite.Engine, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = engine.logits(IDS)
-    other = k2lite.load(tiny_folder, context=64, resident_experts=12)
+    other = k2lite.load(tiny_folder, backend="reference", context=64, resident_experts=12)
     cache = other.experts
     assert isinstance(cache, ExpertCache)
     assert torch.equal(other.logits(IDS), expected)
