@@ -55,7 +55,7 @@ def execute(args: argparse.Namespace) -> int:
     text = read_text(args.text)
     args.context = _window(args)
     moments = None if args.moments is None else MomentRecorder()
-    trace = record(args, load_engine(args, moments), text)
+    trace = record(args, load_engine(args, moments), text, head=moments is not None)
     if args.out is not None:
         trace.write(args.out)
         print(f"k2lite trace: wrote {args.out}: {_described(trace, args.out)}", file=sys.stderr)
@@ -99,8 +99,8 @@ def check_text_arguments(args: argparse.Namespace) -> None:
         raise RequestError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
 
 
-def record(args: argparse.Namespace, engine: Engine, text: str) -> RoutingTrace:
-    """Have the engine read the text, with a progress line."""
+def record(args: argparse.Namespace, engine: Engine, text: str, *, head: bool = False) -> RoutingTrace:
+    """Have the engine read the text, with `head` to the logits, with a progress line."""
     from k2lite.demo_folder import DEMO_FOLDER
     from k2lite.loading import open_model
     from k2lite.offload.routing_trace import TracedModel
@@ -115,6 +115,7 @@ def record(args: argparse.Namespace, engine: Engine, text: str) -> RoutingTrace:
     ids = engine.tokenizer.encode(text, allow_special=True)[: args.max_tokens]
     line = ProgressLine(len(ids))
     try:
-        return record_routing(engine, ids, model, lambda done: line.update(done, f"token {done} of {len(ids)}"))
+        report = lambda done: line.update(done, f"token {done} of {len(ids)}")  # noqa: E731
+        return record_routing(engine, ids, model, report, head=head)
     finally:
         line.close()

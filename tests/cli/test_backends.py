@@ -88,7 +88,7 @@ def test_a_failed_suite_is_exit_code_1_and_a_report(
     ("arguments", "said"),
     [
         (["backends", "test", "auto"], "name one backend"),
-        (["backends", "test", "nope"], "backend 'nope' is unknown; known: auto, reference"),
+        (["backends", "test", "nope"], "backend 'nope' is unknown; known: auto, cpu, reference"),
         (["backends", "tset"], "invalid choice: 'tset'"),
         (["run", "--backend", "nope", "-p", "x"], "backend 'nope' is unknown"),
         (["quantize", "k2lite/demo", "x", "--backend", "nope"], "backend 'nope' is unknown"),

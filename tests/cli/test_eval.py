@@ -46,7 +46,7 @@ def test_it_compares_two_folders_and_reads_stdin(k2: Run, demo: Path, other: Pat
     assert 0 <= report["top1_agreement"]["value"] < 1
     assert f"window {report['windows']} of {report['windows']}" in result.stderr
     assert "\r" not in result.stderr  # no bar where there is no terminal
-    assert result.stderr.count("k2lite: backend") == 2
+    assert result.stderr.count("; in RAM: trunk") == 2
 
 
 def test_perplexity_is_that_of_the_engine_s_logits(demo: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,5 +79,6 @@ def test_mistakes_are_one_line(demo: Path, text: Path, tmp_path: Path, capsys: p
         assert main(arguments) == 2, arguments
         stderr = capsys.readouterr().err
         assert message in stderr
-        assert len(stderr.splitlines()) == 1 or arguments[0] == "quantize"  # which prints its plan first
+        said = [line for line in stderr.splitlines() if "the best that is ready" not in line]
+        assert len(said) == 1 or arguments[0] == "quantize"  # which prints its plan first
     assert not Path(out).exists()

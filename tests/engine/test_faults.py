@@ -27,7 +27,7 @@ import k2lite
 from tests.offload.caches import FaultyFiles
 engine = k2lite.load(sys.argv[1], backend="reference", context=64, resident_experts=4)
 def slow(path, offset):
-    os.write(1, b"reading\n")
+    os.write(1, b"reading\\n")
     time.sleep(60)
 engine.experts.store.files = FaultyFiles(slow)
 engine.logits([1, 2, 3])

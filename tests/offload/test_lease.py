@@ -265,6 +265,16 @@ def test_a_failed_read_raises_where_it_is_leased_and_the_cache_goes_on(tiny_fold
         demand_right(2, take_all(lease), stored)
 
 
+def use(cache: ExpertCache, number: int) -> None:
+    """A step of two layers; a lease that Ctrl-C kept out of its block ends with this frame."""
+    for layer in (1, 2):
+        experts = [(number + at) % 8 for at in range(1 + number % 5)]
+        observe(cache, layer, experts)
+        with cache.lease(layer, experts, None if number % 2 else experts[:1]) as lease:
+            cache.hint(3 - layer, [number % 8, (number + 3) % 8])
+            take_all(lease)
+
+
 def test_ctrl_c_at_any_moment_loses_no_slot(tiny_folder: Path, stored: Stored) -> None:
     """A timer raises it in the middle of whatever the cache is doing."""
     cache = open_cache(tiny_folder, 5, ring=2, prefetch_width=2, policy=DEFAULT_POLICY)
@@ -274,12 +284,7 @@ def test_ctrl_c_at_any_moment_loses_no_slot(tiny_folder: Path, stored: Stored) -
         for number in range(examples(150)):
             signal.setitimer(signal.ITIMER_REAL, 0.0001 + (number * 37 % 100) * 0.00004)
             try:
-                for layer in (1, 2):
-                    experts = [(number + at) % 8 for at in range(1 + number % 5)]
-                    observe(cache, layer, experts)
-                    with cache.lease(layer, experts, None if number % 2 else experts[:1]) as lease:
-                        cache.hint(3 - layer, [number % 8, (number + 3) % 8])
-                        take_all(lease)
+                use(cache, number)
             except KeyboardInterrupt:
                 interrupted += 1
             finally:
