@@ -22,6 +22,7 @@ from .errors import CheckpointError
 from .formats import FP8_NAME
 from .fp8 import BLOCK
 from .method import Method, Quantize
+from .one_pass import Sums, in_one_pass
 from .quantization_plan import WEIGHT_SHAPE, Matrix
 from .safetensors_file import TensorRecord
 from .types import QuantTensor
@@ -31,8 +32,6 @@ READ_BYTES = 16 << 20
 BLOCK_WEIGHTS = 2 << 20
 # Weights that stay in a processor's cache, as float32, from one loop over them to the next.
 SPAN_WEIGHTS = 1 << 18
-
-Sums = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 @dataclass
@@ -68,6 +67,7 @@ class Block:
 
     matrix: Matrix
     rows: QuantTensor
+    method: Method
     quantize: Quantize
 
 
@@ -87,12 +87,13 @@ def read_blocks(matrix: Matrix, method: Method) -> Iterator[Block]:
     for start, stop in row_spans(source, READ_BYTES * source.shape[0] // source.nbytes):
         read = read_rows(source, start, stop)
         for first, last in row_spans(source, BLOCK_WEIGHTS // columns, stop - start):
-            yield Block(matrix, _rows_of(read, first, last), quantize)
+            yield Block(matrix, _rows_of(read, first, last), method, quantize)
 
 
 def read_first_rows(matrix: Matrix, method: Method) -> Block:
     """The fewest rows that can be converted by themselves, as a block."""
-    return Block(matrix, read_rows(matrix.source, *row_spans(matrix.source, 1)[0]), method.quantizer(matrix))
+    rows = read_rows(matrix.source, *row_spans(matrix.source, 1)[0])
+    return Block(matrix, rows, method, method.quantizer(matrix))
 
 
 def convert_block(block: Block) -> ConvertedBlock:
@@ -103,6 +104,8 @@ def convert_block(block: Block) -> ConvertedBlock:
     parts: dict[str, list[torch.Tensor]] = {}
     sums = np.zeros(3)
     try:
+        if block.method.is_amax and (whole := in_one_pass(rows, matrix.target)) is not None:
+            return ConvertedBlock(rows.shape[0], {suffix: [part] for suffix, part in whole[0].items()}, whole[1])
         recoded = rows.format.recode(rows, matrix.target)
         spans = decoded_spans(rows, step) if recoded is None else [decoded(rows)]
         for weights in spans:

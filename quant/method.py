@@ -55,6 +55,11 @@ class Method:
             raise RequestError("--importance and --rounding gptq: the Hessians hold the moments already; leave one out")
 
     @property
+    def is_amax(self) -> bool:
+        """Whether codes are the nearest to weights over amax scales, and nothing else counts."""
+        return self.scale_search == "amax" and self.hessians is None
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What there is besides the recipe, as the manifest and the journal hold it."""
         settings: dict[str, Any] = {}
