@@ -1,12 +1,13 @@
 """What readers' threads have finished, for the thread that leases to take note of.
 
-Waiting may be interrupted at any moment and loses nothing: it only looks; what has come is taken apart from it.
+Waiting may be interrupted at any moment and loses nothing: it only takes a mark that something came; what has come is
+taken apart from it. Built of SimpleQueue, whose waiting is one C call: Ctrl-C inside a threading.Event can leave its
+lock taken for good.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Iterator
 
 from .store import ExpertRead
@@ -17,22 +18,24 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._done: queue.SimpleQueue[ExpertRead] = queue.SimpleQueue()
-        self._any = threading.Event()
+        self._marks: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def notify(self, read: ExpertRead) -> None:
         self._done.put(read)
-        self._any.set()
+        self._marks.put(None)
 
     def wait(self) -> None:
-        """Until something has come."""
-        self._any.wait()
+        """Until something has come; rarely, a mark is of what was taken before."""
+        if self._done.empty():
+            self._marks.get()
 
     def take(self) -> Iterator[ExpertRead]:
         """All that has come."""
-        self._any.clear()
-        while True:
-            try:
-                read = self._done.get_nowait()
-            except queue.Empty:
-                return
-            yield read
+        for waiting in (self._marks, self._done):
+            while True:
+                try:
+                    item = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if item is not None:
+                    yield item

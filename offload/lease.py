@@ -5,6 +5,8 @@ Invariant: whatever happens, release leaves every slot with an owner: the policy
 
 from __future__ import annotations
 
+import _thread
+import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -27,9 +29,9 @@ class CacheLease(Lease):
         self._keep = keep
         self._asked = len(keys)
         self._held: dict[ExpertKey, Held] = {}
-        self._released = False
         self._todo: deque[ExpertKey] = deque()
         self._waiting: list[Held] = []
+        self._released = False
         try:
             with uninterrupted():
                 self._take(keys)
@@ -88,8 +90,14 @@ class CacheLease(Lease):
 
     def __del__(self) -> None:
         # Ctrl-C may come when the lease is made and before its block is entered: nobody else can give it back then
-        if not getattr(self, "_released", True):
-            self.release()
+        interrupted = False
+        while not getattr(self, "_released", True):
+            try:
+                self.release()
+            except KeyboardInterrupt:
+                interrupted = True
+        if interrupted:  # nothing can be raised from here, so it comes again a moment later
+            threading.Timer(0.001, _thread.interrupt_main).start()
 
     def _group(self, members: Sequence[Held]) -> Iterator[Mapping[int, ExpertWeights]]:
         if self._keep is not None and not self._todo:

@@ -11,6 +11,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from .uninterrupted import uninterrupted
+
 
 class Group:
     """Pieces of one read. `urgent`: somebody waits for it."""
@@ -119,14 +121,14 @@ class ReadPool:
     def busy_s(self) -> float:
         """Seconds in which at least one piece was under way."""
         shared = self._shared
-        with shared.changed:
+        with uninterrupted(), shared.changed:
             running = time.perf_counter() - shared.busy_since if shared.busy_since is not None else 0.0
             return shared.busy_s + running
 
     @property
     def is_idle(self) -> bool:
         """Whether no demand is queued or under way."""
-        with self._shared.changed:
+        with uninterrupted(), self._shared.changed:
             return not self._shared.queues[True] and not self._shared.running_urgent
 
     def close(self) -> None:

@@ -275,6 +275,8 @@ def use(cache: ExpertCache, number: int) -> None:
             take_all(lease)
 
 
+# one that comes inside a finalizer is swallowed by Python, with this warning
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_moment_loses_no_slot(tiny_folder: Path, stored: Stored) -> None:
     """A timer raises it in the middle of whatever the cache is doing."""
     cache = open_cache(tiny_folder, 5, ring=2, prefetch_width=2, policy=DEFAULT_POLICY)
