@@ -18,7 +18,6 @@ from .policy import NEW_CONVERSATION, Array, KeyedPolicy, State, restored
 from .reuse_model import ReuseModel
 
 # How likely a guess that is worth a read is to be right, taken where nothing better is known.
-GUESS = 0.5
 
 
 class NextUsePolicy(KeyedPolicy):
@@ -32,15 +31,6 @@ class NextUsePolicy(KeyedPolicy):
     def _urgency(self, worst: Array) -> Array:
         n_layers = self.shape[0]
         return self.distances + (n_layers / worst - n_layers)
-
-    def prefers(self, layer_index: int, expert: int, over: tuple[int, int]) -> bool:
-        """Whether the guess is needed before `over` is."""
-        guess = max(GUESS, float(self._keys[layer_index, expert]))
-        held = self.CERTAIN if self._expected[over] else float(self._keys[over])
-        return self._next_use(layer_index, guess) < self._next_use(over[0], held)
-
-    def _next_use(self, layer_index: int, p: float) -> float:
-        return float(self.distances[layer_index]) + self.shape[0] * (1 - p) / max(p, 1e-12)
 
 
 class TwoRateCyclic(NextUsePolicy):

@@ -44,10 +44,6 @@ class Policy(Protocol):
     def evict(self, layer_index: int, expert: int) -> None:
         """The expert is no longer resident."""
 
-    def prefers(self, layer_index: int, expert: int, over: tuple[int, int]) -> bool:
-        """Whether an expert that is likely to be chosen when `layer_index` comes next may displace the resident
-        `over`."""
-
     def state(self) -> State:
         """What was learned, without who is resident."""
 
@@ -141,10 +137,6 @@ class KeyedPolicy(ABC):
             if worst is self._worst:
                 worst, experts = worst.copy(), experts.copy()
             worst[layer_index], experts[layer_index] = self._worst_of(layer_index, leased)
-
-    def prefers(self, layer_index: int, expert: int, over: tuple[int, int]) -> bool:
-        """A guess may take the place of what its layer's last token did not use, unless that is a guess too."""
-        return over != (layer_index, expert) and not (self._chosen[over] or self._expected[over])
 
     def state(self) -> State:
         return {}

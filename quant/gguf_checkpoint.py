@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoint import Checkpoint, Stored, StoredModule
-from .errors import CheckpointError
+from .errors import CheckpointError, RequestError
 from .formats import Parts, QuantFormat, ScaleSearch, Shape, format_named
 from .ggml_blocks import BLOCKS, format_of_type
 from .gguf_file import GgufFile, GgufTensor
@@ -70,9 +70,13 @@ class JoinedKvB(QuantFormat):
         return torch.cat(by_head, dim=1).reshape(shape)
 
     def quantize(
-        self, weight: torch.Tensor, *, scale_search: ScaleSearch = "amax", importance: torch.Tensor | None = None
+        self,
+        weight: torch.Tensor,  # noqa: ARG002
+        *,
+        scale_search: ScaleSearch = "amax",  # noqa: ARG002
+        importance: torch.Tensor | None = None,  # noqa: ARG002
     ) -> dict[str, torch.Tensor]:
-        raise NotImplementedError("read only; the export writes the halves as tensors of their own")
+        raise RequestError(f"{self.name} is read and not written: the export writes the halves as tensors of their own")
 
 
 def _values(stored_as: QuantFormat, tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
