@@ -17,8 +17,6 @@ import numpy.typing as npt
 from .policy import NEW_CONVERSATION, Array, KeyedPolicy, State, restored
 from .reuse_model import ReuseModel
 
-# How likely a guess that is worth a read is to be right, taken where nothing better is known.
-
 
 class NextUsePolicy(KeyedPolicy):
     """The key of an expert is p."""
