@@ -22,7 +22,6 @@ BUILT_IN = {
     "reference": "k2lite.backends.reference_spec",
     "onnx": "k2lite.backends.onnx.spec",
 }
-BACKEND_NAMES = tuple(BUILT_IN)
 AUTO = "auto"
 GROUP = "k2lite.backends"
 

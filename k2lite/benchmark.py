@@ -75,7 +75,7 @@ def _phase(engine: Engine, before: tuple[float, dict[str, Any]], tokens: int) ->
 
 def report(engine: Engine, prefill: Phase, decode: Phase, rates: Rates, trunk_read_bytes: int) -> dict[str, Any]:
     """What --json prints: speeds in tokens/s, rates in bytes/s, shares of 1."""
-    bound_s = decode.read_bytes / decode.tokens / rates.drive + trunk_read_bytes / rates.memory
+    bound_s = (decode.read_bytes and decode.read_bytes / decode.tokens / rates.drive) + trunk_read_bytes / rates.memory
     return {
         "prefill": _facts(prefill),
         "decode": _facts(decode) | {"bound_tok_s": 1 / bound_s, "share_of_bound": decode.tok_s * bound_s},

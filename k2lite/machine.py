@@ -9,6 +9,8 @@ The last five may be left out: no reserve, no accelerator, 0.1 ms a layer. Units
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,14 +75,29 @@ def this_machine(memory_bytes: int, drive_bytes_per_s: float) -> Machine:
 def measure_memory() -> float:
     """Bytes a second that all threads together read: the best of a few sums over touched memory."""
     values = torch.ones(_SUM_BYTES // 4, dtype=torch.float32)
-    return _SUM_BYTES / _best(lambda: values.sum(), 5)
+    with _all_threads():
+        return _SUM_BYTES / _best(lambda: values.sum(), 5)
 
 
 def measure_flops() -> float:
     """Operations a second of a BF16 product as wide as an expert of Kimi-K2's."""
     x = torch.ones(256, 7168, dtype=torch.bfloat16)
     weight = torch.ones(2048, 7168, dtype=torch.bfloat16)
-    return 2 * 256 * 7168 * 2048 / _best(lambda: x @ weight.T, 3)
+    with _all_threads():
+        return 2 * 256 * 7168 * 2048 / _best(lambda: x @ weight.T, 3)
+
+
+@contextmanager
+def _all_threads() -> Iterator[None]:
+    """torch has one thread beside the CPU backend's own; for a yardstick it gets as many as that has."""
+    from k2lite.backends.cpu.compute_team import allowed_threads
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(allowed_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _best(work: Any, times: int) -> float:

@@ -124,7 +124,8 @@ class ExpertCache(ExpertSource):
         self.collect()
         lease = CacheLease(self, keys, None if keep is None else {ExpertKey(layer, expert) for expert in keep})
         if self._last is not None and self._last[0] == len(self._layers) - 1 and self.wants_hint(self._layers[0]):
-            self._read_ahead(0, None, None)  # no router can say what the next token's first layer will use
+            with uninterrupted():
+                self._read_ahead(0, None, None)  # no router can say what the next token's first layer will use
         return lease
 
     def wants_hint(self, layer: int) -> bool:

@@ -30,7 +30,7 @@ def packing_bytes(checkpoint: Checkpoint, backend: Backend) -> int:
     slots = [backend.expert_slot(kind) for kind in kinds]  # type: ignore[arg-type]
     if backend.device.type == "cpu" and not any(slot.repacked for slot in slots):
         return 0
-    return PLACES * max(slot.nbytes for slot in slots)
+    return PLACES * max((slot.nbytes for slot in slots), default=0)
 
 
 class PackedSource(ForwardingSource):

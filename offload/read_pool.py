@@ -125,12 +125,6 @@ class ReadPool:
             running = time.perf_counter() - shared.busy_since if shared.busy_since is not None else 0.0
             return shared.busy_s + running
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no demand is queued or under way."""
-        with uninterrupted(), self._shared.changed:
-            return not self._shared.queues[True] and not self._shared.running_urgent
-
     def close(self) -> None:
         self._finalizer()
         for thread in self._threads:

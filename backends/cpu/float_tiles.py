@@ -179,7 +179,6 @@ def scale_block(typingctx, source, factor, target):
 # -- any format's columns as floats in blocks ----------------------------------------------------------------------
 
 INT4_CODES, INT8_CODES, BF16_VALUES, FP8_CODES, F16_VALUES, F32_VALUES = range(6)
-COLUMN_BYTES = {INT4_CODES: 16, INT8_CODES: 32, BF16_VALUES: 64, FP8_CODES: 32, F16_VALUES: 64, F32_VALUES: 128}
 
 
 def _integer_halves(b, codes, offset_of):

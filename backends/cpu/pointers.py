@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .vector import F32, I1, I8, I16, I32, I64, declared, load, prefetch, store
+from .vector import F32, I1, I8, I32, I64, declared, load, prefetch, store
 
 ADDRESS = types.int64
 
@@ -29,12 +29,6 @@ def _loader(value_type, result, extend):
 def get64(typingctx, base, index):
     """The index-th 64-bit integer at base."""
     return _loader(I64, types.int64, False)
-
-
-@intrinsic
-def get16(typingctx, base, index):
-    """The index-th unsigned 16-bit integer at base."""
-    return _loader(I16, types.int64, True)
 
 
 @intrinsic

@@ -190,7 +190,7 @@ class AnswerConstraint:
             if self._rules.call != "must" and self._rules.text is None:
                 allow[sorted(self._stop_ids)] = True
         elif at is _At.TEXT and self._rules.call == "must":
-            allow[_known([control.section_begin, control.think_begin if self._may_think else None])] = True
+            allow[_known([control.section_begin, control.think_begin if self._may_think_now(left) else None])] = True
         elif at is _At.TEXT:
             self._allow_json(allow, left)
         elif at is _At.SECTION:
@@ -202,11 +202,15 @@ class AnswerConstraint:
                 allow[token] = any(header.startswith(self._name + text) for header in self._names.values())
         return allow
 
+    def _may_think_now(self, left: int) -> bool:
+        """Whether there is room for opening a thought, closing it, and the shortest end behind it."""
+        return self._may_think and left >= self.shortest() + 2
+
     def _allow_json(self, allow: Mask, left: int) -> None:
         if self._writer is None:
             if self._rules.call == "may" and self._call_fits(left):
                 allow[_known([self._control.section_begin])] = True
-            if self._may_think:
+            if self._may_think_now(left):
                 allow[_known([self._control.think_begin])] = True
         writer = self._text_writer()
         allow |= writer.mask()

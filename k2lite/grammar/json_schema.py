@@ -127,6 +127,7 @@ class _Compiler:
                 schema = {**self._merged({}, [self._pointed(schema["$ref"], where)], where), **_without(schema, "$ref")}
             if not isinstance(schema, Mapping):
                 raise UnsupportedSchema(f"{_at(where)}: these schemas can't be combined")
+            _demand_both_open(result, schema, where)
             for key, value in schema.items():
                 if key == "properties" and isinstance(result.get(key), Mapping) and isinstance(value, Mapping):
                     both = result[key].keys() & value.keys()
@@ -353,6 +354,16 @@ def _tags(branch: Any) -> dict[str, Any]:
     return found
 
 
+def _demand_both_open(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> None:
+    """Refuse to join schemas of which one says what properties may be that only the other declares."""
+    for closed, declaring in ((one, other), (other, one)):
+        names = (declaring.get("properties") or {}).keys() - (closed.get("properties") or {}).keys()
+        if closed.get("additionalProperties", True) is not True and names:
+            raise UnsupportedSchema(
+                f"{_at(where)}: additionalProperties beside another subschema's property {min(names)} is not supported"
+            )
+
+
 def _plainly_satisfies(value: Any, rest: Mapping[str, Any], where: str) -> bool:
     """Whether a listed value satisfies the other keywords; only simple ones are known here."""
     for key, wanted in rest.items():
@@ -366,6 +377,11 @@ def _plainly_satisfies(value: Any, rest: Mapping[str, Any], where: str) -> bool:
         elif key in ("minimum", "maximum") and _is(value, "number"):
             if (value < wanted) if key == "minimum" else (value > wanted):
                 return False
+        elif key in ("exclusiveMinimum", "exclusiveMaximum") and _is(value, "number"):
+            if (value <= wanted) if key == "exclusiveMinimum" else (value >= wanted):
+                return False
+        elif key == "pattern" and isinstance(value, str):
+            raise UnsupportedSchema(f"{_at(where)}: enum together with pattern is not supported")
         elif isinstance(value, dict | list):
             raise UnsupportedSchema(f"{_at(where)}: enum of objects or arrays together with {key} is not supported")
     return True

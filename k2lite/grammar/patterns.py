@@ -101,7 +101,7 @@ def _node(code: Any, value: Any) -> Node:
     if code is codes.LITERAL:
         return _literal(value)
     if code is codes.NOT_LITERAL:
-        return _one_of(ASCII - {value}, longer=True)
+        return _one_of(ASCII - {value}, longer=value < 128)
     if code is codes.ANY:
         return _one_of(ASCII - {10}, longer=True)
     if code is codes.IN:

@@ -73,7 +73,6 @@ class AnswerRequest:
     reader: AnswerReader
     constraint: Constraint | None = None
     top_logprobs: int | None = None
-    ignored_ids: frozenset[int] = frozenset()  # stop ids that don't end this answer
 
 
 @dataclass

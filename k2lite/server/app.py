@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from . import anthropic_messages, openai_chat, openai_completions, openai_responses
 from .answering import AnswerRequest
-from .errors import ApiError, broken, invalid
+from .errors import ApiError, broken, frames_of, invalid
 from .fields import Fields, parse_object
 from .metrics import Metrics
 from .service import Answer, Service
@@ -92,6 +92,9 @@ class Server:
         fields = await self._body(request)
         if fields.get("suffix"):
             raise invalid("suffix is not supported: Kimi-K2 was not trained to fill in", "suffix")
+        for name in ("logprobs", "response_format", "echo", "best_of"):
+            if fields.get(name) not in (None, False) and not (name == "best_of" and fields.get(name) == 1):
+                raise invalid(f"{name} is not supported in completions; chat completions take most of it", name)
         wanted = openai_chat.read_wanted(fields)
         limit = wanted.max_tokens or openai_completions.DEFAULT_MAX_TOKENS
         ids = await run_in_threadpool(openai_completions.read_prompt, fields, self.service)
@@ -181,7 +184,7 @@ class Server:
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:
-                log.error("%s failed: %s", path, type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+                log.error("%s failed: %s\n%s", path, type(error).__name__, frames_of(error))
                 return error_response(broken(), shape)
 
         return Route(path, guarded, methods=methods or ["POST"])

@@ -5,7 +5,14 @@ A message never holds a path or a part of the prompt.
 
 from __future__ import annotations
 
+import traceback
+
 from k2lite.quant.errors import K2LiteError
+
+
+def frames_of(error: BaseException) -> str:
+    """Where an error of nobody's intention came from, for the log: frames only, since a message may hold a prompt."""
+    return "".join(traceback.format_tb(error.__traceback__))
 
 
 class ApiError(K2LiteError):

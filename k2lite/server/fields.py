@@ -6,6 +6,7 @@ Fields nobody asks for are ignored, as clients expect. null counts as absent.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from .errors import invalid
 def parse_object(body: bytes, *, max_depth: int) -> Fields:
     """The body as an object. Raises ApiError 400 for what is not JSON, not an object, or nested too deeply."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a character, UTF-8 can't
     except (ValueError, RecursionError) as error:
         raise invalid("the body is not valid JSON in UTF-8") from error
@@ -28,6 +29,13 @@ def parse_object(body: bytes, *, max_depth: int) -> Fields:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large a number")
+    return number
 
 
 def depth(value: Any, limit: int) -> int:

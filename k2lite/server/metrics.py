@@ -60,11 +60,11 @@ class Metrics:
             "prompt_tokens": totals.prompt_tokens,
             "cached_tokens": totals.cached_tokens,
             "completion_tokens": totals.completion_tokens,
-            "hit_rate": {"HOST": 1 - source.read_experts / requested if requested else None},
+            "hit_rate": {"HOST": source.hit_experts / requested if requested else None},
             "disk_gb_s": source.read_bytes / source.read_s / 1e9 if source.read_s else None,
             "memory": {
                 "rss_bytes": _resident_bytes(),
-                "plan_bytes": plan.trunk_bytes + plan.experts_bytes + plan.kv_bytes,
+                "plan_bytes": plan.total_bytes,
             },
             "plan": str(plan),
             "layers": list(stats.layers),

@@ -20,6 +20,7 @@ from k2lite.sampling import Token, sample
 from k2lite.text.answer_reader import State
 
 from .answering import Failure, Finish, Job, News, Piece, TokenRecord
+from .errors import frames_of
 from .prefix_cache import PrefixCache
 
 PROMPT_TOKENS_A_STEP = 512
@@ -166,7 +167,13 @@ class Scheduler:
 
     def _shares(self) -> list[int]:
         """Tokens each active job may bring into the next step: all that decode, prompts in turn until it is full."""
-        room, shares = PROMPT_TOKENS_A_STEP, []
+        plan = self.engine.placement
+        # experts that come from the drive are read once a step, so a prompt brings all that the plan has room for
+        room = (
+            min(PROMPT_TOKENS_A_STEP, plan.prefill_chunk_tokens) if plan.everything_fits else plan.prefill_chunk_tokens
+        )
+        room = max(1, room - self.slots)
+        shares = []
         for active in self._active:
             share = 1 if len(active.todo) == 1 else min(room, len(active.todo))
             room -= share if share > 1 else 0
@@ -196,7 +203,7 @@ class Scheduler:
         active.made.append(chosen)
         usage = active.job.usage
         usage.completion_tokens += 1
-        if chosen in self.engine.stop_ids and chosen not in request.ignored_ids:
+        if chosen in self.engine.stop_ids:
             self._finish(active, reader.flush())
             return
         usage.reasoning_tokens += reader.state is State.REASONING
@@ -255,7 +262,10 @@ class Scheduler:
     def _report(self, job: Job, error: Exception) -> None:
         self.totals.failed += 1
         # the text of an error of ours holds no prompt; others may
-        log.error("a request failed: %s", error if isinstance(error, K2LiteError) else type(error).__name__)
+        if isinstance(error, K2LiteError):
+            log.error("a request failed: %s", error)
+        else:
+            log.error("a request failed: %s\n%s", type(error).__name__, frames_of(error))
         self._tell(job, Failure(error))
 
     def _tell(self, job: Job, news: News) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a model folder, or a config.json")
-    parser.add_argument("--backend", default="auto", help="what multiplies: auto, reference (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="what multiplies (default: %(default)s)")
     parser.add_argument(
         "--ram", metavar="SIZE", help="memory the process may take (default: what the machine can spare)"
     )
