@@ -127,3 +127,34 @@ def test_no_token_of_structure_without_a_call(byte_tokenizer: Tokenizer, bytes_o
     assert mask is not None
     allowed = {int(token) for token in torch.nonzero(mask).ravel()} & control.all
     assert allowed == set(byte_tokenizer.end_of_turn_ids)
+
+
+@pytest.mark.parametrize("forced", ["call", "text"])
+def test_a_thought_leaves_room_for_the_end(demo_tokenizer: Tokenizer, demo_words: Vocabulary, forced: str) -> None:
+    """Two idle control tokens stand for those of a thought, and the model wants nothing else."""
+    control = ControlIds(demo_tokenizer)
+    begin, end = (demo_tokenizer.special_tokens[name] for name in ("[PAD]", "[UNK]"))
+    control.think_begin, control.think_end = begin, end
+    grammar = Grammar({"type": "integer"}, demo_words)
+    rules = Rules({"f": grammar}, "must") if forced == "call" else Rules({}, text=grammar)
+    thoughts = 0
+    for extra in range(6):
+        constraint = AnswerConstraint(
+            demo_words, control, rules, demo_tokenizer.end_of_turn_ids, thinks=False, may_think=True
+        )
+        limit, ids = constraint.shortest() + extra, list[int]()
+        for made in range(limit):
+            wanted = torch.zeros(demo_words.size)
+            wanted[begin], wanted[end] = 9.0, -9.0
+            token = sample(wanted, SamplingParams(temperature=0), made, constraint.mask(limit - made))
+            ids.append(constraint.accept(int(token), limit - made))
+            if ids[-1] in demo_tokenizer.end_of_turn_ids or constraint.finished:
+                break
+        thoughts += begin in ids
+        if forced == "call":
+            assert ids[-1] == control.section_end, extra
+        else:
+            answer = ids[ids.index(end) + 1 :] if begin in ids else ids
+            said = [token for token in answer if token not in demo_tokenizer.end_of_turn_ids]
+            json.loads(demo_tokenizer.decode(said))
+    assert thoughts

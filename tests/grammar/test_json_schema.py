@@ -105,11 +105,32 @@ def test_the_shortest_text_is_known(schema: Any, shortest: str | None) -> None:
         ({"type": "thing"}, "type"),
         ({"type": "string", "pattern": "(?=a)b"}, "pattern"),
         ([], "a schema is"),
+        ({"enum": ["a", "b"], "pattern": "^a$"}, "pattern"),
+        ({"enum": [1, 5], "exclusiveMinimum": 5}, "no value"),
+        (
+            {
+                "type": "object",
+                "allOf": [
+                    {"properties": {"a": {"type": "null"}}, "additionalProperties": False},
+                    {"properties": {"b": {"type": "null"}}},
+                ],
+            },
+            "additionalProperties",
+        ),
     ],
 )
 def test_what_can_not_be_kept_is_refused_by_name(schema: Any, named: str) -> None:
     with pytest.raises(UnsupportedSchema, match=named):
         compile_schema(schema)
+
+
+def test_what_only_looks_satisfied_is_not_written() -> None:
+    machine = Machine(compile_schema({"enum": [1, 5], "exclusiveMinimum": 3}))
+    assert not machine.advance(machine.start, b"1")
+    assert machine.advance(machine.start, b"5")
+    machine = Machine(compile_schema({"type": "string", "pattern": "^[^é]$"}))
+    assert not machine.advance(machine.start, '"é'.encode())
+    assert machine.advance(machine.start, b'"e')
 
 
 def test_a_declared_name_is_no_additional_property() -> None:
