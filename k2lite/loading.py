@@ -68,6 +68,7 @@ def load(
     mirror: str | Path | None = None,
     statistics: str | Path | None = None,
     recorder: Recorder | None = None,
+    sequences: int = 1,
 ) -> Engine:
     """Load a model folder and return an engine that is ready to generate.
 
@@ -85,7 +86,8 @@ def load(
     policy: which experts stay (`k2lite.offload.policies.POLICIES`). prefetch: read ahead on the router's guess.
     mirror: a folder with a copy of the weight files on another drive; reads are shared between the two.
     statistics: a file of what routing showed in earlier runs (`k2lite.learned_routing`); read if it exists.
-    None of these six changes a token.
+    None of these six changes a token where the backend is batch-invariant.
+    sequences: how many may be open at once; each has a KV cache of the whole context in the plan.
     recorder: is told the inputs of every matrix; slow.
 
     Raises K2LiteError's children; see k2lite.errors."""
@@ -104,6 +106,7 @@ def load(
         ram_bytes=None if ram is None else parse_bytes(ram),
         resident_experts=resident_experts,
         quantized=quantized,
+        sequences=sequences,
     )
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:

@@ -52,6 +52,7 @@ class Placement:
     slot_bytes: int
     budget_bytes: int
     packs_experts: bool = False
+    sequences: int = 1
 
     @property
     def arena_bytes(self) -> int:
@@ -78,7 +79,7 @@ class Placement:
         )
         return (
             f"backend {self.backend} ({self.arithmetic}); in RAM: trunk {gib(self.trunk_bytes)}, {kept}, "
-            f"KV for {self.context_tokens} tokens {gib(self.kv_bytes)}; prompts in chunks of "
+            f"KV for {_contexts(self.sequences, self.context_tokens)} {gib(self.kv_bytes)}; prompts in chunks of "
             f"{self.prefill_chunk_tokens}; {gib(self.total_bytes)} of {gib(self.budget_bytes)}"
         )
 
@@ -115,6 +116,7 @@ def plan_placement(
     ram_bytes: int | None = None,
     resident_experts: float | None = None,
     quantized: Mapping[str, Matrix] | None = None,
+    sequences: int = 1,
 ) -> Placement:
     """Decide for this machine, or raise: ContextLengthError for a context the model was not made for, BackendError for
     a format the backend can't multiply, RequestError for a number out of range, MemoryPlanError with the sum where
@@ -122,7 +124,7 @@ def plan_placement(
 
     `ram_bytes` is what the process may take (default: what the machine can spare). `resident_experts` fixes the slots:
     a share of all experts (a float of at most 1) or their number (an int). `quantized` are the trunk's matrices that
-    are converted while loading."""
+    are converted while loading. `sequences` is how many KV caches of the whole context there may be at once."""
     context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
     _demand_formats(checkpoint, backend, changed)
@@ -142,6 +144,7 @@ def plan_placement(
         budget=spare_bytes(memory) if ram_bytes is None else ram_bytes,
         resident_experts=resident_experts,
         packing=packed,
+        sequences=sequences,
     )
 
 
@@ -168,10 +171,11 @@ def plan_memory(
     budget: int,
     resident_experts: float | None = None,
     packing: int = 0,
+    sequences: int = 1,
 ) -> Placement:
     """Share `budget` bytes: what must be there first, experts in what is left. `packing` bytes are for experts that are
     packed. Raises RequestError, MemoryPlanError."""
-    kv = LatentCache.nbytes_for(config, context)
+    kv = sequences * LatentCache.nbytes_for(config, context)
     fewest = min(config.num_experts_per_tok + 1, weights.experts)
     first = weights.trunk + kv + packing + HEADROOM_BYTES + fewest * weights.slot
     chunk = _chunk_tokens(config, context, budget - first)
@@ -182,7 +186,7 @@ def plan_memory(
     if room < least:
         needed = weights.trunk + kv + transient + HEADROOM_BYTES + least * weights.slot
         raise MemoryPlanError(
-            f"{weights.where}: trunk {gib(weights.trunk)} + KV for {context} tokens {gib(kv)} + a step "
+            f"{weights.where}: trunk {gib(weights.trunk)} + KV for {_contexts(sequences, context)} {gib(kv)} + a step "
             f"{gib(transient)} + headroom {gib(HEADROOM_BYTES)} + {least} experts {gib(least * weights.slot)} = "
             f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
         )
@@ -204,6 +208,7 @@ def plan_memory(
         slot_bytes=weights.slot,
         budget_bytes=budget,
         packs_experts=packing > 0,
+        sequences=sequences,
     )
 
 
@@ -250,6 +255,10 @@ def _demand_formats(checkpoint: Checkpoint, backend: Backend, changed: Collectio
             f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
             f"it takes {', '.join(sorted(capabilities.formats))}"
         )
+
+
+def _contexts(sequences: int, tokens: int) -> str:
+    return f"{tokens} tokens" if sequences == 1 else f"{sequences} x {tokens} tokens"
 
 
 def gib(nbytes: int) -> str:

@@ -76,7 +76,8 @@ class QuantFormat(ABC):
     def nbytes(self, shape: Shape) -> int:
         return sum(dtype.itemsize * math.prod(part) for dtype, part in self.parts(shape).values())
 
-    def _not_finite(self) -> CheckpointError:
+    def not_finite(self) -> CheckpointError:
+        """The error for a weight that holds NaN or infinity."""
         return CheckpointError(f"a weight holds NaN or infinity and can't be quantized to {self.name}")
 
     def _demand_no_search(self, scale_search: ScaleSearch, importance: torch.Tensor | None) -> None:

@@ -51,7 +51,7 @@ class Fp8Block(QuantFormat):
         parts = {suffix: torch.empty(size, dtype=dtype) for suffix, (dtype, size) in self.parts(shape).items()}
         values, scales = weight.to(torch.float32).contiguous().numpy(), parts[self.scale_suffix].numpy()
         if not fp8_scales(values, scales):
-            raise self._not_finite()
+            raise self.not_finite()
         encode_fp8(values, scales, parts["weight"].view(torch.uint8).numpy())
         return parts
 

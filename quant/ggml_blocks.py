@@ -75,7 +75,7 @@ class GgmlBlocks(QuantFormat):
 
     def _demand_finite(self, values: torch.Tensor) -> None:
         if not torch.isfinite(values).all():
-            raise self._not_finite()
+            raise self.not_finite()
 
     def recode(self, tensor: QuantTensor, target: QuantFormat) -> dict[str, torch.Tensor] | None:
         if self.name != "q4_0" or target.name != "int4_g32":

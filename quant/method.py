@@ -77,7 +77,7 @@ class Method:
             known, where = self.hessians.widths(), "the calibration"
         else:
             return
-        wanted = {m.module: m.source.shape[1] for m in matrices if not m.is_kept and m.target.name in PACKED_INT}
+        wanted = {m.module: m.source.shape[1] for m in to_integers(matrices)}
         missing = [name for name in wanted if name not in known]
         if missing:
             more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
@@ -104,6 +104,14 @@ class Method:
             return lambda rows: compensated(target, rows, factor, search, diagonal)
         importance = None if self.importance is None else self.importance.of(matrix.module)
         return lambda rows: target.quantize(rows, scale_search=search, importance=importance)
+
+
+def to_integers(matrices: Iterable[Matrix]) -> list[Matrix]:
+    """Those whose codes are chosen. Raises RequestError where there is none, so that no statistics count."""
+    found = [matrix for matrix in matrices if not matrix.is_kept and matrix.target.name in PACKED_INT]
+    if not found:
+        raise RequestError("--importance and --rounding gptq have no effect: nothing becomes INT4 or INT8")
+    return found
 
 
 def _are(names: list[str]) -> str:

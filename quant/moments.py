@@ -21,7 +21,7 @@ import xxhash
 from safetensors.torch import save
 
 from .checkpoint import Checkpoint
-from .durable_files import write_whole
+from .durable_files import replace_file
 from .errors import CheckpointError, RequestError
 from .file_reading import read_exactly
 from .safetensors_file import TensorRecord, read_header, read_metadata
@@ -45,7 +45,7 @@ def write_moments(path: Path, moments: Mapping[str, tuple[torch.Tensor, int]], *
         tensors[f"{module}.moment"] = moment.to(torch.float32).contiguous()
         tensors[f"{module}.count"] = torch.tensor([count])
     metadata = {"format": "pt", "kind": _KIND, "model": model, "tokens": str(tokens)}
-    write_whole(path, save(tensors, metadata))
+    replace_file(path, [save(tensors, metadata)])
 
 
 def open_moments(path: Path, checkpoint: Checkpoint) -> Moments:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .errors import CheckpointError
 from .formats import FP8_NAME, QuantFormat
 from .packed_int import PackedInt
 from .types import QuantTensor
@@ -34,6 +33,6 @@ def in_one_pass(rows: QuantTensor, target: QuantFormat) -> tuple[dict[str, torch
     else:
         finite = bf16_to_integers(rows.parts["weight"].view(torch.int16).numpy().view(np.uint16), *into)
     if not finite:
-        raise CheckpointError(f"a weight holds NaN or infinity and can't be quantized to {target.name}")
+        raise target.not_finite()
     total: Sums = sums.sum(0)
     return {"weight_packed": packed, "weight_scale": torch.from_numpy(scales).to(torch.bfloat16)}, total

@@ -92,7 +92,7 @@ class PackedInt(QuantFormat):
         weights = groups.flatten(1).contiguous().numpy()
         scales = np.empty(groups.shape[:2], np.float32)
         if not amax_scales(weights, self.max_code, scales):
-            raise self._not_finite()
+            raise self.not_finite()
         if scale_search == "mse":
             search_scales(weights, scales, self.max_code, None if importance is None else importance.flatten().numpy())
         return torch.from_numpy(scales)

@@ -32,6 +32,6 @@ class Plain(QuantFormat):
         rounded = weight.to(PLAIN_DTYPES[self.name], copy=True).contiguous()  # never the memory of `weight`
         if not torch.isfinite(rounded).all():
             if not torch.isfinite(weight).all():
-                raise self._not_finite()
+                raise self.not_finite()
             raise CheckpointError(f"a weight holds {weight.abs().max():g}, which is too large for {self.name}")
         return {"weight": rounded}

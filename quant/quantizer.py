@@ -100,7 +100,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
     absent folder it simply begins. Raises RequestError if the folder is in use, holds something else, or was begun
     with other settings; CheckpointError where bytes can't be read or written."""
     job.method.demand_known(job.plan.matrices)
-    _demand_usable(job.destination, resume)
+    demand_usable(job.destination, resume)
     keep_freed_memory()
     journal = Journal(job.destination)
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -124,7 +124,8 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
         journal.close()
 
 
-def _demand_usable(destination: Path, resume: bool) -> None:
+def demand_usable(destination: Path, resume: bool) -> None:
+    """Raise RequestError for a folder that a run can't begin in, or go on in."""
     if not destination.exists():
         return
     if not destination.is_dir():

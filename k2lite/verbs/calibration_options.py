@@ -41,6 +41,8 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
 def check_calibration_arguments(args: argparse.Namespace) -> None:
     """Refuse half of what is needed, and options without effect. Raises RequestError."""
     if args.rounding == GPTQ:
+        if args.source.suffix == ".gguf":
+            raise RequestError("--rounding gptq runs the model, and only folders run: quantize the GGUF to one first")
         if args.calibration is None:
             raise RequestError("--rounding gptq needs a text: add --calibration FILE")
         if args.importance is not None:
@@ -59,8 +61,10 @@ def calibrate(
     """Have the source model read the text. Raises MemoryPlanError with the sum if what is kept of it would not fit."""
     from k2lite.calibration import Calibration, demand_memory
     from k2lite.loading import load
+    from k2lite.quant.method import to_integers
     from k2lite.reading import read_windows
 
+    to_integers(plan.matrices)
     text = read_text(args.calibration)
     tokens = args.calibration_tokens or DEFAULT_TOKENS
     demand_memory(config, plan, tokens)

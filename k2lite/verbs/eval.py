@@ -43,6 +43,8 @@ def execute(args: argparse.Namespace) -> int:
 
     # what a window needs is all the context there is
     args.context = args.window if args.context is None else args.context
+    if args.other is not None:
+        args.ram = _half_of_ram(args.ram)
     a = load_engine(args)
     args.model = args.model or DEMO_FOLDER
     b = None
@@ -57,6 +59,15 @@ def execute(args: argparse.Namespace) -> int:
         line.close()
     print(json.dumps(report(args, result), ensure_ascii=False) if args.json else as_text(args, result))
     return 0
+
+
+def _half_of_ram(ram: str | None) -> int:
+    """Two models share the budget: what the first has planned and not yet touched looks free to the second."""
+    from k2lite.backends.host_memory import host_memory
+    from k2lite.byte_sizes import parse_bytes
+    from k2lite.placement import spare_bytes
+
+    return (spare_bytes(host_memory()) if ram is None else parse_bytes(ram)) // 2
 
 
 def _check(args: argparse.Namespace) -> None:

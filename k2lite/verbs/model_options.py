@@ -55,7 +55,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much memory the model may take, and what happens with experts that have no room. None changes a token."""
+    """How much memory the model may take, and what happens with experts that have no room. None changes a token of a batch-invariant
+    backend."""
     parser.add_argument(
         "--ram", metavar="SIZE", help="memory the process may take, such as 96GiB (default: what the machine can spare)"
     )
@@ -149,7 +150,7 @@ def check_sampling_arguments(args: argparse.Namespace) -> None:
         raise RequestError("an empty --stop has no effect; name a text or leave it out")
 
 
-def load_engine(args: argparse.Namespace, recorder: Recorder | None = None) -> Engine:
+def load_engine(args: argparse.Namespace, recorder: Recorder | None = None, *, sequences: int = 1) -> Engine:
     """Load the model that the arguments name and print the plan, one line, on stderr."""
     from k2lite.demo_folder import DEMO_FOLDER
     from k2lite.loading import load
@@ -169,6 +170,7 @@ def load_engine(args: argparse.Namespace, recorder: Recorder | None = None) -> E
         trunk=args.trunk,
         **memory_options(args),
         recorder=recorder,
+        sequences=sequences,
     )
     print(f"k2lite: {engine.placement}", file=sys.stderr)
     return engine

@@ -79,6 +79,7 @@ def _execute(args: argparse.Namespace, folder: Path, config: ModelConfig, checkp
     """`folder` holds config.json, the tokenizer and what else is carried along."""
     from k2lite.backend_check import demand_recipe
     from k2lite.quant.quantization_plan import plan_quantization
+    from k2lite.quant.quantizer import demand_usable
 
     checkpoint.raise_for_problems()
     check_calibration_arguments(args)
@@ -92,11 +93,13 @@ def _execute(args: argparse.Namespace, folder: Path, config: ModelConfig, checkp
         demand_recipe(_formats(plan), args.backend, capabilities)
     print(as_text(args.source, plan), file=sys.stderr)
     if args.dry_run:
-        _say_plan(args, plan)
+        _say_plan(args, plan, checkpoint)
         return 0
     if args.destination is None:
         raise RequestError("name a folder to write to: k2lite quantize SRC DST")
-    job = _with_statistics(args, _job(args, folder, checkpoint, plan), config, checkpoint)
+    job = _job(args, folder, checkpoint, plan)
+    demand_usable(job.destination, args.resume)  # before a model reads for hours
+    job = _with_statistics(args, job, config, checkpoint)
     progress, seconds = _run(job, args)
     facts = {**plan_facts(plan), "seconds": seconds, "read_bytes": progress.read_bytes,
              "written_bytes": progress.written_bytes, "folder": str(args.destination)}  # fmt: skip
@@ -106,12 +109,19 @@ def _execute(args: argparse.Namespace, folder: Path, config: ModelConfig, checkp
     return 0
 
 
-def _say_plan(args: argparse.Namespace, plan: QuantizationPlan) -> None:
+def _say_plan(args: argparse.Namespace, plan: QuantizationPlan, checkpoint: Checkpoint) -> None:
     """What --dry-run adds to the plan. Where the result would lie decides how long it takes."""
     from dataclasses import asdict
 
+    from k2lite.quant.method import Method, to_integers
+    from k2lite.quant.moments import open_moments
     from k2lite.quant.time_estimate import estimate_time
 
+    if args.importance is not None:
+        Method("mse", open_moments(args.importance, checkpoint)).demand_known(plan.matrices)
+    if args.rounding == GPTQ:
+        to_integers(plan.matrices)
+        print("  the time is that of plain rounding: reading the text and GPTQ come on top", file=sys.stderr)
     estimate = None if args.destination is None else estimate_time(plan, args.destination)
     print(estimate_text(estimate) if estimate else "  name a folder to write to for the time it takes", file=sys.stderr)
     if args.json:

@@ -9,12 +9,8 @@ import argparse
 import ipaddress
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .model_options import add_model_arguments, load_engine
-
-if TYPE_CHECKING:
-    from k2lite.engine import Engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,44 +38,25 @@ def execute(args: argparse.Namespace) -> int:
     if key is None and not _is_loopback(args.host):
         raise RequestError(f"--host {args.host} is open to others, so clients need a key: --api-key-file FILE")
     try:
+        import llguidance  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise RequestError(f"serving takes the package {error.name}: pip install 'k2lite[serve]'") from error
-    engine = load_engine(args)
-    name = args.served_model_name or (args.model.resolve().name if args.model else "k2lite-demo")
-    return serve(engine, name, args, key)
-
-
-def serve(engine: Engine, name: str, args: argparse.Namespace, key: str | None) -> int:
-    """Answer until a signal comes."""
     from k2lite.server.app import Server
     from k2lite.server.listening import listen, run
     from k2lite.server.service import Limits, Service
 
     limits = Limits(slots=args.slots, queue=args.queue)
-    plan_caches(engine, limits.slots + limits.kept_prefixes)
+    socket = listen(args.host, args.port)  # a port that is taken is said before anything loads
+    engine = load_engine(args, sequences=limits.slots + limits.kept_prefixes)
+    name = args.served_model_name or (args.model.resolve().name if args.model else "k2lite-demo")
     service = Service(engine, name=name, limits=limits)
-    socket = listen(args.host, args.port)
     port = socket.getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"k2lite: {name} answers at http://{host}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
     run(Server(service, key=key).app(), socket)
     return 0
-
-
-def plan_caches(engine: Engine, sequences: int) -> None:
-    """Say what the KV caches of so many full sequences take. Raises MemoryPlanError where it is not there."""
-    from k2lite.backends.host_memory import host_memory
-    from k2lite.errors import MemoryPlanError
-    from k2lite.placement import gib
-
-    plan = engine.placement
-    needed, available = sequences * plan.kv_bytes, host_memory().available_bytes
-    what = f"KV for {sequences} sequences of {plan.context_tokens} tokens {gib(needed)}"
-    if needed > available:
-        raise MemoryPlanError(f"{what}; {gib(available)} is available: fewer --slots or a smaller --context need less")
-    print(f"k2lite: {what}", file=sys.stderr)
 
 
 def read_key(path: Path | None) -> str | None:

@@ -59,15 +59,15 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def write_checksums(folder: Path, found: Verification) -> None:
-    """Put the checksums into the folder's manifest, whatever else it says. Raises CheckpointError, OSError."""
+    """Put the checksums into the folder's manifest, whatever else it says. Raises CheckpointError or RequestError."""
     from k2lite.quant.checksums import MANIFEST_NAME, MANIFEST_VERSION, read_manifest
-    from k2lite.quant.durable_files import write_whole
+    from k2lite.quant.durable_files import replace_file
 
     manifest = read_manifest(folder) or {"version": MANIFEST_VERSION, "pieces": {}}
     pieces = manifest["pieces"]
     for name, digest in found.checksums.items():
         pieces[name] = {**pieces.get(name, {}), "checksum": digest}
-    write_whole(folder / MANIFEST_NAME, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(folder / MANIFEST_NAME, [(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def facts_of(folder: Path, found: Verification, seconds: float, written: bool) -> dict[str, Any]:

@@ -54,7 +54,12 @@ def test_gptq_reads_its_text_and_says_so_in_the_manifest(demo: Path, text: Path,
     assert settings["rounding"] == "gptq"
     assert settings["calibration"]["tokens"] == 20
     assert settings["calibration"]["text"].startswith("xxh3 ")
-    assert k2lite.load(tmp_path / "out").logits([1, 2, 3]).isfinite().all()
+    run("quantize", demo, tmp_path / "plain", *TRUNK)
+    found, plain = (k2lite.load(tmp_path / name).logits([1, 2, 3]) for name in ("out", "plain"))
+    assert found.isfinite().all()
+    assert not found.equal(plain)
+    nothing = ("--experts", "bf16", "--trunk", "bf16", "--lm-head", "bf16", "--rounding", "gptq", "--calibration", text)
+    assert main(["quantize", str(demo), str(tmp_path / "none"), *map(str, nothing)]) == 2
 
 
 def test_a_trunk_is_quantized_while_loading(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
