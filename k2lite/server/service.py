@@ -19,7 +19,7 @@ from k2lite.grammar.vocabulary import Vocabulary
 from k2lite.sampling import SamplingParams
 from k2lite.text.answer_reader import AnswerReader, ControlIds
 
-from .answering import AnswerRequest, Failure, Finish, Job, News
+from .answering import AnswerRequest, Failure, Finish, Job, News, Usage
 from .conversation import Conversation, with_canonical_ids
 from .errors import broken, busy, invalid
 from .prefix_cache import PrefixCache
@@ -175,7 +175,7 @@ class Answer:
             except RuntimeError:  # the loop has ended, and with it everyone who listens
                 self.job.cancelled = True
 
-        self.job = Job(request, tell)
+        self.job = Job(request, tell, Usage(prompt_tokens=len(request.ids)))
         self.usage = self.job.usage
 
     async def __aiter__(self) -> AsyncIterator[News]:

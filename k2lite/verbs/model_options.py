@@ -55,8 +55,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much memory the model may take, and what happens with experts that have no room. None changes a token of a batch-invariant
-    backend."""
+    """How much memory the model may take, and what happens with experts that have no room. None changes a token where
+    the backend is batch-invariant."""
     parser.add_argument(
         "--ram", metavar="SIZE", help="memory the process may take, such as 96GiB (default: what the machine can spare)"
     )

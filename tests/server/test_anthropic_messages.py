@@ -37,9 +37,11 @@ def test_a_tool_is_used_and_its_result_read(claude: anthropic.Anthropic) -> None
         max_tokens=60,
         tools=[CLAUDE_TOOL],  # type: ignore[arg-type]
     ) as stream:
-        kinds = [event.type for event in stream]
+        events = list(stream)
         message = stream.get_final_message()
+    kinds = [event.type for event in events]
     assert kinds[0] == "message_start"
+    assert events[0].message.usage.input_tokens > 10  # type: ignore[union-attr]
     assert kinds[-1] == "message_stop"
     used = message.content[-1]
     assert used.type == "tool_use"
