@@ -17,6 +17,7 @@ from k2lite.quant.errors import RequestError
 from .nodes import EMPTY, Alt, Lexeme, Literal, Node, Ref, Repeat, Seq, settle
 from .numbers import integers, numbers
 from .patterns import pattern_string
+from .schema_judging import UnsupportedSchema, at, demand_both_open, disjoint, implied, plainly_satisfies
 from .strings import key_except, string
 
 TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
@@ -35,10 +36,6 @@ _ASSERTING = (
 _COMMA = Lexeme(Seq(Literal(b","), Repeat(Literal(b" "), 0, 1)))
 _COLON = Lexeme(Seq(Literal(b":"), Repeat(Literal(b" "), 0, 1)))
 MAX_NODES = 100_000
-
-
-class UnsupportedSchema(RequestError):
-    """A schema that is malformed, that no value satisfies, or that a grammar can't keep; names the place."""
 
 
 def compile_schema(schema: Any) -> Node:
@@ -68,9 +65,9 @@ class _Compiler:
         if schema is True or schema == {}:
             return self._anything()
         if schema is False:
-            raise UnsupportedSchema(f"{_at(where)}: nothing satisfies the schema false")
+            raise UnsupportedSchema(f"{at(where)}: nothing satisfies the schema false")
         if not isinstance(schema, Mapping):
-            raise UnsupportedSchema(f"{_at(where)}: a schema is an object or a boolean")
+            raise UnsupportedSchema(f"{at(where)}: a schema is an object or a boolean")
         self._refuse(schema, where)
         if "$ref" in schema:
             return self._reference(schema, where)
@@ -88,9 +85,9 @@ class _Compiler:
             if word in schema and not (word in _HARMLESS and schema[word] == _HARMLESS[word]):
                 if word == "multipleOf" and schema[word] == 1:
                     continue
-                raise UnsupportedSchema(f"{_at(where)}: the keyword {word} is not supported in constrained decoding")
+                raise UnsupportedSchema(f"{at(where)}: the keyword {word} is not supported in constrained decoding")
         if schema.get("uniqueItems") and _size(schema, "maxItems", where, None) not in (0, 1):
-            raise UnsupportedSchema(f"{_at(where)}: the keyword uniqueItems is not supported in constrained decoding")
+            raise UnsupportedSchema(f"{at(where)}: the keyword uniqueItems is not supported in constrained decoding")
 
     def _reference(self, schema: Mapping[str, Any], where: str) -> Node:
         name = schema["$ref"]
@@ -105,7 +102,7 @@ class _Compiler:
 
     def _pointed(self, name: Any, where: str) -> Any:
         if not isinstance(name, str) or not name.startswith("#"):
-            raise UnsupportedSchema(f"{_at(where)}: $ref must begin with #; other documents are not read")
+            raise UnsupportedSchema(f"{at(where)}: $ref must begin with #; other documents are not read")
         value = self._root
         for step in name[1:].split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
@@ -114,7 +111,7 @@ class _Compiler:
             elif isinstance(value, Mapping) and step in value:
                 value = value[step]
             else:
-                raise UnsupportedSchema(f"{_at(where)}: $ref {name} leads nowhere")
+                raise UnsupportedSchema(f"{at(where)}: $ref {name} leads nowhere")
         return value
 
     def _merged(self, base: Mapping[str, Any], more: list[Any], where: str) -> dict[str, Any]:
@@ -126,28 +123,28 @@ class _Compiler:
             if isinstance(schema, Mapping) and "$ref" in schema:
                 schema = {**self._merged({}, [self._pointed(schema["$ref"], where)], where), **_without(schema, "$ref")}
             if not isinstance(schema, Mapping):
-                raise UnsupportedSchema(f"{_at(where)}: these schemas can't be combined")
-            _demand_both_open(result, schema, where)
+                raise UnsupportedSchema(f"{at(where)}: these schemas can't be combined")
+            demand_both_open(result, schema, where)
             for key, value in schema.items():
                 if key == "properties" and isinstance(result.get(key), Mapping) and isinstance(value, Mapping):
                     both = result[key].keys() & value.keys()
                     if any(result[key][name] != value[name] for name in both):
-                        raise UnsupportedSchema(f"{_at(where)}: a property is declared twice, in different ways")
+                        raise UnsupportedSchema(f"{at(where)}: a property is declared twice, in different ways")
                     result[key] = {**result[key], **value}
                 elif key == "required" and isinstance(result.get(key), list) and isinstance(value, list):
                     result[key] = [*result[key], *(name for name in value if name not in result[key])]
                 elif key not in result or key not in _ASSERTING:
                     result[key] = value
                 elif result[key] != value:
-                    raise UnsupportedSchema(f"{_at(where)}: {key} is asserted twice, in different ways")
+                    raise UnsupportedSchema(f"{at(where)}: {key} is asserted twice, in different ways")
         return result
 
     def _choice(self, schema: Mapping[str, Any], word: str, where: str) -> Node:
         branches = _schemas(schema, word, where)
         base = {key: value for key, value in _without(schema, word).items() if key in _ASSERTING}
-        if word == "oneOf" and not _disjoint(branches):
+        if word == "oneOf" and not disjoint(branches):
             raise UnsupportedSchema(
-                f"{_at(where)}: oneOf is supported where the types or a constant tell the branches apart"
+                f"{at(where)}: oneOf is supported where the types or a constant tell the branches apart"
             )
         nodes = []
         problem: UnsupportedSchema | None = None
@@ -158,28 +155,28 @@ class _Compiler:
             except UnsupportedSchema as error:  # a branch that nothing satisfies may be left out, as any may
                 problem = error
         if not nodes:
-            raise problem or UnsupportedSchema(f"{_at(where)}: {word} is empty")
+            raise problem or UnsupportedSchema(f"{at(where)}: {word} is empty")
         return Alt(*nodes)
 
     def _values(self, schema: Mapping[str, Any], where: str) -> Node:
         values = [schema["const"]] if "const" in schema else schema["enum"]
         if not isinstance(values, list) or not values:
-            raise UnsupportedSchema(f"{_at(where)}: enum must be an array with values")
+            raise UnsupportedSchema(f"{at(where)}: enum must be an array with values")
         rest = {key: value for key, value in schema.items() if key in _ASSERTING and key not in ("const", "enum")}
         if "const" in schema and "enum" in schema:
             values = [value for value in values if value in schema["enum"]]
-        kept = [value for value in values if _plainly_satisfies(value, rest, where)]
+        kept = [value for value in values if plainly_satisfies(value, rest, where)]
         if not kept:
-            raise UnsupportedSchema(f"{_at(where)}: no value of enum or const satisfies the rest of the schema")
+            raise UnsupportedSchema(f"{at(where)}: no value of enum or const satisfies the rest of the schema")
         return Alt(*(Lexeme(Literal(_json(value))) for value in kept))
 
     def _typed(self, schema: Mapping[str, Any], where: str) -> Node:
         kinds = schema.get("type")
         if kinds is None:
-            kinds = _implied(schema)
+            kinds = implied(schema)
         kinds = [kinds] if isinstance(kinds, str) else kinds
         if not isinstance(kinds, list) or not kinds or any(kind not in TYPES for kind in kinds):
-            raise UnsupportedSchema(f"{_at(where)}: type must be of {', '.join(TYPES)}")
+            raise UnsupportedSchema(f"{at(where)}: type must be of {', '.join(TYPES)}")
         kinds = list(dict.fromkeys([*kinds, *(["null"] if schema.get("nullable") is True else [])]))
         nodes: list[Node] = []
         problem: UnsupportedSchema | None = None
@@ -205,7 +202,7 @@ class _Compiler:
             try:
                 return pattern_string(str(schema["pattern"]), low or 0, high)
             except RequestError as error:
-                raise UnsupportedSchema(f"{_at(where)}: {error}") from error
+                raise UnsupportedSchema(f"{at(where)}: {error}") from error
         if kind in ("integer", "number"):
             return _number(schema, kind, where)
         return self._array(schema, where) if kind == "array" else self._object(schema, where)
@@ -217,7 +214,7 @@ class _Compiler:
         if high == 0:
             return Seq(begin, end)
         if isinstance(schema.get("items"), list):
-            raise UnsupportedSchema(f"{_at(where)}: items must be one schema")
+            raise UnsupportedSchema(f"{at(where)}: items must be one schema")
         item = self.node(schema.get("items", True), f"{where}/items")
         more = Repeat(Seq(_COMMA, item), max(low - 1, 0), None if high is None else high - 1)
         filled = Seq(begin, item, more, end)
@@ -226,7 +223,7 @@ class _Compiler:
     def _object(self, schema: Mapping[str, Any], where: str) -> Node:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, list):
-            raise UnsupportedSchema(f"{_at(where)}: properties must be an object and required an array")
+            raise UnsupportedSchema(f"{at(where)}: properties must be an object and required an array")
         extra = schema.get("additionalProperties", True)
         declared = {**properties, **{name: extra for name in required if name not in properties}}
         # only what is asked for is offered beyond the declared properties
@@ -276,7 +273,7 @@ def _number(schema: Mapping[str, Any], kind: str, where: str) -> Node:
         last = None if high is None else int(high.to_integral_value("ROUND_FLOOR")) - (open_high and high % 1 == 0)
         node = integers(first, last)
     if node is None:
-        raise UnsupportedSchema(f"{_at(where)}: no {kind} lies within the bounds")
+        raise UnsupportedSchema(f"{at(where)}: no {kind} lies within the bounds")
     return node
 
 
@@ -285,7 +282,7 @@ def _bound(schema: Mapping[str, Any], word: str, where: str) -> Decimal | None:
     if value is None or isinstance(value, bool):
         return None
     if not isinstance(value, int | float) or abs(value) > 1e30:
-        raise UnsupportedSchema(f"{_at(where)}: {word} must be a number of at most 1e30")
+        raise UnsupportedSchema(f"{at(where)}: {word} must be a number of at most 1e30")
     return Decimal(repr(value) if isinstance(value, float) else value)
 
 
@@ -294,106 +291,20 @@ def _size(schema: Mapping[str, Any], word: str, where: str, default: int | None)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or not 0 <= value < 1 << 31:
-        raise UnsupportedSchema(f"{_at(where)}: {word} must be a whole number, 0 or more")
+        raise UnsupportedSchema(f"{at(where)}: {word} must be a whole number, 0 or more")
     return int(value)
 
 
 def _in_order(low: int | None, high: int | None, word: str, where: str) -> None:
     if high is not None and (low or 0) > high:
-        raise UnsupportedSchema(f"{_at(where)}: {word} is greater than what is allowed at most")
-
-
-def _implied(schema: Mapping[str, Any]) -> list[str]:
-    """The type of a schema that names none: what its keywords are about, else anything."""
-    if schema.keys() & {"properties", "required", "additionalProperties"}:
-        return ["object"]
-    if schema.keys() & {"items", "minItems", "maxItems"}:
-        return ["array"]
-    if schema.keys() & {"minLength", "maxLength", "pattern"}:
-        return ["string"]
-    if schema.keys() & {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}:
-        return ["number"]
-    return ["object", "array", "string", "number", "boolean", "null"]
+        raise UnsupportedSchema(f"{at(where)}: {word} is greater than what is allowed at most")
 
 
 def _schemas(schema: Mapping[str, Any], word: str, where: str) -> list[Any]:
     value = schema[word]
     if not isinstance(value, list) or not value:
-        raise UnsupportedSchema(f"{_at(where)}: {word} must be an array of schemas")
+        raise UnsupportedSchema(f"{at(where)}: {word} must be an array of schemas")
     return value
-
-
-def _disjoint(branches: list[Any]) -> bool:
-    """Whether no value can satisfy two branches, by their types or by a required property with different constants."""
-    kinds = [branch.get("type") if isinstance(branch, Mapping) else None for branch in branches]
-    names = [{"number"} if kind == "integer" else {kind} for kind in kinds if isinstance(kind, str)]
-    if len(names) == len(branches) and len(set().union(*names)) == len(branches):
-        return True
-    constants = [_tags(branch) for branch in branches]
-    return any(
-        len({repr(tags.get(name)) for tags in constants}) == len(branches)
-        for name in set.intersection(*(set(tags) for tags in constants))
-    )
-
-
-def _tags(branch: Any) -> dict[str, Any]:
-    if not isinstance(branch, Mapping):
-        return {}
-    if "const" in branch:
-        return {"": branch["const"]}
-    properties, required = branch.get("properties") or {}, branch.get("required") or []
-    found = {}
-    for name, sub in properties.items():
-        values = (
-            [sub["const"]]
-            if isinstance(sub, Mapping) and "const" in sub
-            else (sub.get("enum") if isinstance(sub, Mapping) else None)
-        )
-        if name in required and isinstance(values, list) and len(values) == 1:
-            found[name] = values[0]
-    return found
-
-
-def _demand_both_open(one: Mapping[str, Any], other: Mapping[str, Any], where: str) -> None:
-    """Refuse to join schemas of which one says what properties may be that only the other declares."""
-    for closed, declaring in ((one, other), (other, one)):
-        names = (declaring.get("properties") or {}).keys() - (closed.get("properties") or {}).keys()
-        if closed.get("additionalProperties", True) is not True and names:
-            raise UnsupportedSchema(
-                f"{_at(where)}: additionalProperties beside another subschema's property {min(names)} is not supported"
-            )
-
-
-def _plainly_satisfies(value: Any, rest: Mapping[str, Any], where: str) -> bool:
-    """Whether a listed value satisfies the other keywords; only simple ones are known here."""
-    for key, wanted in rest.items():
-        if key == "type":
-            kinds = [wanted] if isinstance(wanted, str) else wanted
-            if not any(_is(value, kind) for kind in kinds):
-                return False
-        elif key in ("minLength", "maxLength") and isinstance(value, str):
-            if (len(value) < wanted) if key == "minLength" else (len(value) > wanted):
-                return False
-        elif key in ("minimum", "maximum") and _is(value, "number"):
-            if (value < wanted) if key == "minimum" else (value > wanted):
-                return False
-        elif key in ("exclusiveMinimum", "exclusiveMaximum") and _is(value, "number"):
-            if (value <= wanted) if key == "exclusiveMinimum" else (value >= wanted):
-                return False
-        elif key == "pattern" and isinstance(value, str):
-            raise UnsupportedSchema(f"{_at(where)}: enum together with pattern is not supported")
-        elif isinstance(value, dict | list):
-            raise UnsupportedSchema(f"{_at(where)}: enum of objects or arrays together with {key} is not supported")
-    return True
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind == "integer":
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
-    kinds: dict[str, Any] = {"null": type(None), "boolean": bool, "object": dict, "array": list, "string": str}
-    if kind == "number":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, kinds[kind]) if kind in kinds else False
 
 
 def _json(value: Any) -> bytes:
@@ -402,7 +313,3 @@ def _json(value: Any) -> bytes:
 
 def _without(schema: Mapping[str, Any], word: str) -> dict[str, Any]:
     return {key: value for key, value in schema.items() if key != word}
-
-
-def _at(where: str) -> str:
-    return where or "the schema"

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher
 
-from .json_schema import UnsupportedSchema, compile_schema
+from .json_schema import compile_schema
 from .machine import Machine, State
 from .nodes import Node, to_lark
+from .schema_judging import UnsupportedSchema
 from .vocabulary import Mask, Vocabulary
 
 MAX_LARK = 4 << 20

@@ -13,8 +13,8 @@ from typing import Any
 from k2lite.engine import Engine
 from k2lite.errors import ContextLengthError, RequestError, TokenizerError
 from k2lite.grammar.answer_constraint import MAX_CALLS, AnswerConstraint, Rules
-from k2lite.grammar.json_schema import UnsupportedSchema
 from k2lite.grammar.json_writer import Grammars
+from k2lite.grammar.schema_judging import UnsupportedSchema
 from k2lite.grammar.vocabulary import Vocabulary
 from k2lite.sampling import SamplingParams
 from k2lite.text.answer_reader import AnswerReader, ControlIds

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from llguidance import LLMatcher
 
-from k2lite.grammar.json_schema import UnsupportedSchema, compile_schema
+from k2lite.grammar.json_schema import compile_schema
 from k2lite.grammar.json_writer import Grammar, JsonWriter
 from k2lite.grammar.machine import Machine
 from k2lite.grammar.nodes import Node, to_lark
+from k2lite.grammar.schema_judging import UnsupportedSchema
 from k2lite.grammar.vocabulary import Vocabulary
 from tests.grammar.schemas import SCHEMAS, TREE, valid
 from tests.samples import examples
