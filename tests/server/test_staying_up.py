@@ -22,7 +22,7 @@ from tests.samples import examples
 from tests.server.conftest import served
 from tests.server.tools import TOOL, UNITS
 
-LONG = {"model": "kimi", "messages": UNITS, "max_tokens": 1500, "temperature": 2.0, "stream": True, "logit_bias": {}}
+LONG = {"model": "kimi", "messages": UNITS, "max_tokens": 1500, "temperature": 0.0, "stream": True, "logit_bias": {}}
 
 
 def soon(what: Callable[[], bool]) -> bool:
@@ -34,6 +34,13 @@ def soon(what: Callable[[], bool]) -> bool:
     return False
 
 
+@pytest.fixture
+def endless(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token ends an answer: the random model would choose one by chance, before the test has looked."""
+    monkeypatch.setattr(random_engine, "stop_ids", frozenset())
+
+
+@pytest.mark.usefixtures("endless")
 def test_a_client_that_leaves_frees_its_slot(random_server: tuple[str, Service]) -> None:
     address, service = random_server
     before = service.scheduler.totals.cancelled
@@ -47,6 +54,7 @@ def test_a_client_that_leaves_frees_its_slot(random_server: tuple[str, Service])
     assert service.scheduler.totals.cancelled == before + 2
 
 
+@pytest.mark.usefixtures("endless")
 def test_a_full_queue_is_a_429_that_says_when(random_engine: Engine) -> None:
     with served(random_engine, limits=Limits(slots=1, queue=1)) as (address, service):
         url = f"{address}/v1/chat/completions"
@@ -59,6 +67,7 @@ def test_a_full_queue_is_a_429_that_says_when(random_engine: Engine) -> None:
             assert claude.json()["error"]["type"] == "rate_limit_error"
 
 
+@pytest.mark.usefixtures("endless")
 def test_neighbours_do_not_change_an_answer(random_server: tuple[str, Service]) -> None:
     address, _ = random_server
     body = {**LONG, "stream": False, "max_tokens": 12, "seed": 7}
@@ -71,6 +80,7 @@ def test_neighbours_do_not_change_an_answer(random_server: tuple[str, Service]) 
     assert together == alone
 
 
+@pytest.mark.usefixtures("endless")
 def test_a_request_the_engine_fails_at_fails_alone(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Engine.step
 
