@@ -67,6 +67,12 @@ class Sequence:
         other.ids = self.ids[:length]
         return other
 
+    def append(self, ids: Ids[int], rows: torch.Tensor) -> None:
+        """Take tokens whose latents are known: `rows` float32 [layers, n, latent], from `cache.read` of a sequence that
+        holds the same tokens up to there."""
+        self.cache.append(rows)
+        self.ids.extend(ids)
+
     def close(self) -> None:
         self._cache = None
 

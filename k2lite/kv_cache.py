@@ -38,6 +38,29 @@ class LatentCache:
             raise ValueError(f"can't truncate a cache of {self.length} tokens to {length}")
         self.length = length
 
+    @property
+    def layers(self) -> int:
+        return self._rows.shape[0]
+
+    @property
+    def latent(self) -> int:
+        """Values a token and layer."""
+        return self._rows.shape[2]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Final rows, float32 [layers, stop - start, latent]; a view that must not be written."""
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"can't read tokens {start} to {stop} of a cache of {self.length}")
+        return self._rows[:, start:stop]
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Put rows [layers, n, latent] that `read` once gave behind the final ones, as final ones."""
+        end = self.length + rows.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"can't put {rows.shape[1]} tokens behind {self.length}; room is for {self.capacity}")
+        self._rows[:, self.length : end] = rows
+        self.length = end
+
     def copy_from(self, other: LatentCache, length: int) -> None:
         """Become the first `length` tokens of another cache of the same model."""
         if not 0 <= length <= min(other.length, self.capacity):

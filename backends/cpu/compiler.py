@@ -8,7 +8,6 @@ written is done without, with a line on stderr. Knows no kernel's purpose.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,8 @@ import llvmlite
 import llvmlite.binding as llvm
 import numba
 from numba.core import config as _config
+
+from k2lite.quant.user_folders import user_cache_folder
 
 from . import isa
 
@@ -83,7 +84,7 @@ def compile_all() -> None:
 def cache_folder() -> Path | None:
     """Where compiled kernels lie: under NUMBA_CACHE_DIR if it is set, else under the user's cache. None where nothing
     can be written."""
-    base = Path(config.CACHE_DIR) if config.CACHE_DIR else _user_cache() / "k2lite"
+    base = Path(config.CACHE_DIR) if config.CACHE_DIR else user_cache_folder()
     folder = base / f"kernels-{isa.selected()}-{_fingerprint()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,11 +95,6 @@ def cache_folder() -> Path | None:
         )
         return None
     return folder
-
-
-def _user_cache() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME")
-    return Path(given) if given else Path(os.path.expanduser("~")) / ".cache"
 
 
 def _fingerprint() -> str:

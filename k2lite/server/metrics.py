@@ -39,6 +39,7 @@ class Metrics:
             ("steps_total", "counter", "Steps of the engine", totals.steps),
             ("step_seconds_total", "counter", "Time in steps", totals.step_s),
             ("kept_prefix_tokens", "gauge", "Tokens in kept prefixes", scheduler.prefixes.tokens),
+            ("stored_prefix_bytes", "gauge", "Bytes of prefixes on the drive", scheduler.prefixes.stored_bytes),
             ("experts_requested_total", "counter", "Experts asked for", source.requested_experts),
             ("experts_read_total", "counter", "Experts read from disk", source.read_experts),
             ("expert_read_bytes_total", "counter", "Bytes of experts read", source.read_bytes),

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +51,7 @@ class _Active:
     sequence: Sequence
     todo: list[int]  # tokens that are not in the cache yet
     made: list[int] = field(default_factory=list)
+    arriving: Future[None] | None = None  # while it runs, what is stored of the prompt comes into the sequence
 
     @property
     def left(self) -> int:
@@ -82,6 +84,7 @@ class Scheduler:
                 job.cancelled = True
             self._news.notify()
         self._thread.join()
+        self.prefixes.close()
 
     def submit(self, job: Job) -> bool:
         """Queue a job; False if the queue is full."""
@@ -115,19 +118,36 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._news:
-                while not self._waiting and not self._active and not self._closing:
+                while self._nothing_to_do():
                     self._news.wait()
+                self._take_arrived()
                 self._drop_cancelled()
                 admitted = self._take_waiting()
                 if self._closing and not self._active and not admitted:
                     return
             for job in admitted:
                 self._guarded(job, lambda job=job: self._admit(job))
-            if self._active:
+            if any(active.arriving is None for active in self._active):
                 self._step()
 
+    def _nothing_to_do(self) -> bool:
+        """Nobody can be admitted, and all who are wait for the drive."""
+        if self._waiting and len(self._active) < self.slots:
+            return False
+        if any(active.arriving is None or active.arriving.done() for active in self._active):
+            return False
+        return bool(self._active) or not self._closing
+
+    def _take_arrived(self) -> None:
+        for active in self._active:
+            if active.arriving is not None and active.arriving.done():
+                error, active.arriving = active.arriving.exception(), None
+                if error is not None:
+                    log.error("a stored prefix could not be used: %s", type(error).__name__)
+                self._known(active)
+
     def _drop_cancelled(self) -> None:
-        gone = [active for active in self._active if active.job.cancelled]
+        gone = [active for active in self._active if active.job.cancelled and active.arriving is None]
         for active in gone:
             self._retire(active)
         before = len(self._waiting)
@@ -140,11 +160,26 @@ class Scheduler:
 
     def _admit(self, job: Job) -> None:
         ids = job.request.ids
-        sequence = self.prefixes.take(ids)
-        job.usage.prompt_tokens, job.usage.cached_tokens = len(ids), len(sequence.ids)
+        sequence, arriving = self.prefixes.take(ids, lambda: job.cancelled)
+        job.usage.prompt_tokens = len(ids)
         self.totals.prompt_tokens += len(ids)
-        self.totals.cached_tokens += len(sequence.ids)
-        self._active.append(_Active(job, sequence, ids[len(sequence.ids) :]))
+        active = _Active(job, sequence, [], arriving=arriving)
+        self._active.append(active)
+        if arriving is None:
+            self._known(active)
+        else:
+            arriving.add_done_callback(self._wake)
+
+    def _known(self, active: _Active) -> None:
+        """What is known of the prompt is in the sequence; the rest is to be done."""
+        known = len(active.sequence.ids)
+        active.todo = active.job.request.ids[known:]
+        active.job.usage.cached_tokens = known
+        self.totals.cached_tokens += known
+
+    def _wake(self, _: object) -> None:
+        with self._news:
+            self._news.notify()
 
     def _step(self) -> None:
         began = time.perf_counter()

@@ -23,6 +23,7 @@ from .answering import AnswerRequest, Failure, Finish, Job, News, Usage
 from .conversation import Conversation, with_canonical_ids
 from .errors import broken, busy, invalid
 from .prefix_cache import PrefixCache
+from .prefix_store import PrefixStore
 from .scheduler import Scheduler
 
 
@@ -53,7 +54,10 @@ class Wanted:
 class Service:
     """An engine that answers."""
 
-    def __init__(self, engine: Engine, *, name: str, limits: Limits | None = None) -> None:
+    def __init__(
+        self, engine: Engine, *, name: str, limits: Limits | None = None, store: PrefixStore | None = None
+    ) -> None:
+        """store: where prefixes are kept beyond memory; without it they are forgotten with the process."""
         self.engine = engine
         self.name = name
         self.limits = limits or Limits()
@@ -61,7 +65,7 @@ class Service:
         self.control = ControlIds(engine.tokenizer)
         self.vocabulary = Vocabulary(engine.tokenizer, engine.config.vocab_size)
         self.grammars = Grammars(self.vocabulary)
-        prefixes = PrefixCache(engine, keep=self.limits.kept_prefixes)
+        prefixes = PrefixCache(engine, keep=self.limits.kept_prefixes, store=store)
         self.scheduler = Scheduler(engine, slots=self.limits.slots, queue=self.limits.queue, prefixes=prefixes)
 
     def prompt_ids(self, conversation: Conversation) -> tuple[list[int], int]:

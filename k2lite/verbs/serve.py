@@ -25,6 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queue", type=int, default=32, metavar="N", help="requests that may wait (default: %(default)s)"
     )
+    parser.add_argument(
+        "--prefix-dir",
+        metavar="DIR",
+        help="where beginnings of conversations are kept, so that they need not be computed again; 'none' for nowhere "
+        "(default: the user's cache folder)",
+    )
+    parser.add_argument(
+        "--prefix-size", default="16GiB", metavar="SIZE", help="how much of the drive they take (default: %(default)s)"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -43,15 +52,24 @@ def execute(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise RequestError(f"serving takes the package {error.name}: pip install 'k2lite[serve]'") from error
+    from k2lite.byte_sizes import parse_bytes
+    from k2lite.quant.user_folders import user_cache_folder
     from k2lite.server.app import Server
     from k2lite.server.listening import listen, run
+    from k2lite.server.prefix_store import PrefixStore
     from k2lite.server.service import Limits, Service
 
+    prefix_bytes = parse_bytes(args.prefix_size)
     limits = Limits(slots=args.slots, queue=args.queue)
     socket = listen(args.host, args.port)  # a port that is taken is said before anything loads
     engine = load_engine(args, sequences=limits.slots + limits.kept_prefixes)
     name = args.served_model_name or (args.model.resolve().name if args.model else "k2lite-demo")
-    service = Service(engine, name=name, limits=limits)
+    store = None
+    if args.prefix_dir != "none":
+        folder = Path(args.prefix_dir) if args.prefix_dir else user_cache_folder() / "prefixes"
+        store = PrefixStore(folder, engine, limit_bytes=prefix_bytes)
+        print(f"k2lite: prefixes are kept in {folder}, up to {args.prefix_size}", file=sys.stderr)
+    service = Service(engine, name=name, limits=limits, store=store)
     port = socket.getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"k2lite: {name} answers at http://{host}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)

@@ -18,13 +18,16 @@ from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.engine import Engine
 from k2lite.server.app import Server
 from k2lite.server.listening import config, listen
+from k2lite.server.prefix_store import PrefixStore
 from k2lite.server.service import Limits, Service
 
 
 @contextmanager
-def served(engine: Engine, *, limits: Limits | None = None, key: str | None = None) -> Iterator[tuple[str, Service]]:
+def served(
+    engine: Engine, *, limits: Limits | None = None, key: str | None = None, store: PrefixStore | None = None
+) -> Iterator[tuple[str, Service]]:
     """The address of a server in a thread of this process, and its service."""
-    service = Service(engine, name="kimi", limits=limits)
+    service = Service(engine, name="kimi", limits=limits, store=store)
     socket = listen("127.0.0.1", 0)
     server = uvicorn.Server(config(Server(service, key=key).app()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
