@@ -1,4 +1,4 @@
-"""Trains the demo checkpoint: `prepare`, `train` (resumes by itself), `export`, `evaluate`, `plot`; --help says how."""
+"""Trains the demo checkpoint: prepare, train (resumes by itself), settle, export, evaluate, plot; --help says how."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def main() -> int:
     train.add_argument("--steps", type=int, required=True, help="steps in all; the schedule follows from it")
     train.add_argument("--threads", type=int, default=os.cpu_count())
     train.add_argument("--start-from", type=Path, metavar="FOLDER", help="begin with an exported folder's weights")
+    verbs.add_parser(
+        "settle", help="after training: move the routers' correction biases until no expert is nearly idle"
+    )
     export = verbs.add_parser("export", help="write the checkpoint folder from the last state")
     export.add_argument("folder", type=Path)
     evaluate = verbs.add_parser("evaluate", help="measure the last state and its exported folder; prints JSON")
@@ -35,6 +38,7 @@ def main() -> int:
     actions = {
         "prepare": prepare,
         "train": train_model,
+        "settle": settle_model,
         "export": export_model,
         "evaluate": evaluate_model,
         "plot": plot_log,
@@ -110,6 +114,30 @@ def train_model(args: argparse.Namespace) -> int:
     elif args.start_from is not None:
         load_exported(model, args.start_from)
     trainer.run(state, args.work / "train_log.jsonl")
+    return 0
+
+
+def settle_model(args: argparse.Namespace) -> int:
+    """The biases are judged with the values that the export will have, and stored in the last state."""
+    import numpy as np
+    import torch
+
+    from k2lite.text.tokenizer import load_tokenizer
+    from tools.demo_training.evaluation import load_rounded
+    from tools.demo_training.settling import Marks, sample_rows, settle_biases
+    from tools.demo_training.shape import model_config
+    from tools.demo_training.transformer import Transformer
+
+    path = args.work / "state.pt"
+    model = load_rounded(path, Transformer(model_config()))
+    dialogues, texts = sample_rows(load_tokenizer(args.work), np.load(args.work / "train.npy"))
+    settle_biases(model, dialogues, texts, Marks())
+    state = torch.load(path, weights_only=True)
+    for name, value in model.state_dict().items():
+        if name.endswith("mlp.bias"):
+            state["model"][name] = value
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
     return 0
 
 
