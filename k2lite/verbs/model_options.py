@@ -43,6 +43,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads that multiply on the CPU (default: what the process may use)"
     )
+    add_trunk_argument(parser)
+    add_memory_arguments(parser)
+    add_eps_argument(parser)
+
+
+def add_trunk_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trunk",
         default="keep",
@@ -50,8 +56,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantize attention, shared experts and dense layers while loading, to a format of quantize --trunk, such "
         "as int8_g128 (default: keep)",
     )
-    add_memory_arguments(parser)
-    add_eps_argument(parser)
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
