@@ -23,26 +23,25 @@ from .base import (
     Capabilities,
     Event,
     ExpertSlot,
-    Memory,
     RoutingRule,
     Segment,
     UnsupportedOperationError,
 )
+from .forwarding import ForwardingBackend
 from .reference import ReferenceBackend
 
 T = TypeVar("T")
 
 
-class FallbackBackend(Backend):
+class FallbackBackend(ForwardingBackend):
     """`inner` first. `say` gets one line for each operation and reason that falls back."""
 
     name: ClassVar[str] = "fallback"
 
     def __init__(self, inner: Backend, say: Callable[[str], None] | None = None) -> None:
+        super().__init__(inner)
         self.name = inner.name  # type: ignore[misc]
         self.contract = inner.contract  # type: ignore[misc]
-        self.device = inner.device
-        self._inner = inner
         self._plain = ReferenceBackend()
         self._say = say
         self._told: set[str] = set()
@@ -57,18 +56,6 @@ class FallbackBackend(Backend):
             max_experts=None,
             arithmetic=f"{own.arithmetic}, plain torch where it has none",
         )
-
-    def memory(self) -> Memory:
-        return self._inner.memory()
-
-    def alloc(self, nbytes: int) -> torch.Tensor:
-        return self._inner.alloc(nbytes)
-
-    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Event:
-        return self._inner.copy(src, dst)
-
-    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._inner.upload(tensor)
 
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
         if self._lacks(*(stored.name for stored, _ in expert), experts=True):

@@ -21,14 +21,17 @@ from k2lite.quant.errors import MemoryPlanError
 from k2lite.quant.expert_layout import expert_weights, read_extents
 from k2lite.quant.moments import PRIOR_TOKENS
 from k2lite.quant.quantization_plan import QuantizationPlan
+from k2lite.quant.quantizer import READ_AHEAD_BLOCKS
 from k2lite.quant.types import ExpertKey
 
 from .config import ModelConfig
 from .placement import gib
 from .recording import Recorder
 
-# float64 matrices that live at once while one Hessian is made and inverted.
-WORKING_HESSIANS = 4
+# float64 matrices that live at once while one Hessian is made and inverted, the layer's own among them; measured: 5.6.
+WORKING_HESSIANS = 6
+# float32 factors of Hessians that wait or are at work at most: one a block, if each block is a matrix.
+WAITING_FACTORS = READ_AHEAD_BLOCKS + 1
 
 
 class Calibration(Recorder):
@@ -37,7 +40,7 @@ class Calibration(Recorder):
     identity, since the units of two experts have nothing in common."""
 
     def __init__(self, checkpoint: Checkpoint, text: str, tokens: int) -> None:
-        """`text` and `tokens` are what will be read, for `settings`."""
+        """`text`, and how many `tokens` of it will be read, for `settings`."""
         self._checkpoint = checkpoint
         self._settings = {"text": f"xxh3 {xxhash.xxh3_64(text.encode()).hexdigest()}", "tokens": tokens}
         self._inputs: dict[str, list[torch.Tensor]] = {}
@@ -126,7 +129,8 @@ def _flat(inputs: list[torch.Tensor], width: int) -> torch.Tensor:
 
 
 def demand_memory(config: ModelConfig, plan: QuantizationPlan, tokens: int) -> None:
-    """Raise MemoryPlanError with the sum unless the inputs of `tokens` tokens and one matrix's Hessians fit."""
+    """Raise MemoryPlanError with the sum unless the inputs of `tokens` tokens fit, one matrix's Hessians, and the
+    factors of those that wait to be rounded."""
     c = config
     attention = c.hidden_size + c.q_lora_rank + c.kv_lora_rank + c.num_attention_heads * c.v_head_dim
     numbers = c.hidden_size  # of the head
@@ -135,12 +139,12 @@ def demand_memory(config: ModelConfig, plan: QuantizationPlan, tokens: int) -> N
         numbers += attention + c.hidden_size + width
     inputs = 4 * numbers * tokens
     widest = max(matrix.source.shape[-1] for matrix in plan.matrices)
-    hessians = 8 * widest**2 * WORKING_HESSIANS
+    hessians = widest**2 * (8 * WORKING_HESSIANS + 4 * WAITING_FACTORS)
     available = host_memory().available_bytes
     if inputs + hessians > available:
         raise MemoryPlanError(
             f"--rounding gptq keeps the inputs of all layers: {numbers} numbers a token x {tokens} tokens x 4 bytes = "
-            f"{gib(inputs)}, and {WORKING_HESSIANS} matrices of {widest} x {widest} x 8 bytes = {gib(hessians)}; "
-            f"{gib(available)} of memory is available: it is for small models and slices; fewer --calibration-tokens "
-            "need less"
+            f"{gib(inputs)}, and {WORKING_HESSIANS} Hessians of {widest} x {widest} x 8 bytes + {WAITING_FACTORS} "
+            f"factors of 4 bytes = {gib(hessians)}; {gib(available)} of memory is available: it is for small models "
+            "and slices; fewer --calibration-tokens need less"
         )

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from k2lite.quant.errors import ConfigError
-from k2lite.quant.formats import FP8_NAME, format_named
+from k2lite.quant.formats import FP8_NAME, QuantFormat, format_named
 from k2lite.quant.quantization_config import QuantizationConfig, parse_quantization_config
+from k2lite.quant.quantization_plan import demand_fit, trunk_kind
+from k2lite.quant.recipe import KEEP, trunk_recipe
 from k2lite.quant.types import PROJECTIONS
 
 from .config import ModelConfig
@@ -24,13 +26,15 @@ _BF16_BYTES = 2
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Bytes: the trunk and its embedding table, one routed expert, all of them, and what is stored and not used."""
+    """Bytes: the trunk and its embedding table, one routed expert, all of them, and what is stored and not used.
+    `converted` is how many of the trunk's matrices change their format while loading."""
 
     trunk: int
     embeddings: int
     expert: int
     experts: int
     unused: int
+    converted: int = 0
 
     @property
     def total(self) -> int:
@@ -42,34 +46,43 @@ class ModelSizes:
         return self.trunk - self.embeddings
 
 
-def published_sizes(config: ModelConfig, raw: Mapping[str, Any]) -> ModelSizes:
-    """Sizes of the folder that this config.json (`raw`) is published with."""
+def published_sizes(config: ModelConfig, raw: Mapping[str, Any], *, trunk: str = KEEP) -> ModelSizes:
+    """Sizes of the folder that this config.json (`raw`) is published with; those of the trunk as they are once it is
+    converted to the format `trunk` while loading. Raises RequestError for an unknown format, CheckpointError for one
+    that can't store a weight."""
+    recipe = trunk_recipe(trunk)
     declared = parse_quantization_config(config.quantization_config, config.source)
     schema = checkpoint_schema(config)
-    trunk = {
-        name: _nbytes(schema.prefix, name.removesuffix(".weight"), spec.shape, declared if spec.quantizable else None)
-        for name, spec in schema.trunk.items()
-    }
+    sizes: dict[str, int] = {}
+    converted = 0
+    for name, spec in schema.trunk.items():
+        module = name.removesuffix(".weight")
+        stored = _format(schema.prefix, module, declared if spec.quantizable else None)
+        target = recipe.target(schema.prefix + module, trunk_kind(name, spec), stored)
+        demand_fit(target, schema.prefix + module, spec.shape)
+        sizes[name] = target.nbytes(spec.shape)
+        converted += target.name != stored.name
     at = f"model.layers.{config.num_hidden_layers - 1}.mlp.experts.0"
     expert = sum(
-        _nbytes(schema.prefix, f"{at}.{name}", schema.projection_shape(name), declared) for name in PROJECTIONS
+        _format(schema.prefix, f"{at}.{name}", declared).nbytes(schema.projection_shape(name)) for name in PROJECTIONS
     )
     return ModelSizes(
-        trunk=sum(trunk.values()),
-        embeddings=trunk[EMBEDDINGS],
+        trunk=sum(sizes.values()),
+        embeddings=sizes[EMBEDDINGS],
         expert=expert,
         experts=expert * len(config.moe_layers) * config.n_routed_experts,
         unused=_unused(config, raw, declared),
+        converted=converted,
     )
 
 
-def _nbytes(prefix: str, module: str, shape: tuple[int, ...], declared: QuantizationConfig | None) -> int:
+def _format(prefix: str, module: str, declared: QuantizationConfig | None) -> QuantFormat:
     name = None if declared is None else declared.format_of(prefix + module)
     if declared is not None and declared.format_of(module) is None:
         name = None  # K2.5 and later ignore "lm_head", and its stored name has the prefix
     if name == FP8_NAME and declared is not None and declared.method == "fp8" and module == "lm_head":
         name = None  # that dialect names no modules; the head is published in BF16
-    return format_named(name or ("f32" if module.endswith(_BIAS) else "bf16")).nbytes(shape)
+    return format_named(name or ("f32" if module.endswith(_BIAS) else "bf16"))
 
 
 def _unused(config: ModelConfig, raw: Mapping[str, Any], declared: QuantizationConfig | None) -> int:

@@ -127,7 +127,7 @@ def plan_placement(
     are converted while loading. `sequences` is how many KV caches of the whole context there may be at once."""
     context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
-    _demand_formats(checkpoint, backend, changed)
+    demand_formats(checkpoint, backend, changed)
     packed = packing_bytes(checkpoint, backend)
     memory = backend.memory()
     if ram_bytes is not None and ram_bytes > memory.available_bytes:
@@ -139,7 +139,7 @@ def plan_placement(
         config,
         WeightBytes.of(config, checkpoint, changed),
         backend.name,
-        backend.capabilities().arithmetic + (f", trunk to {changed[0].target.name}" if changed else ""),
+        arithmetic_name(backend, changed[0].target.name if changed else None),
         context=context,
         budget=spare_bytes(memory) if ram_bytes is None else ram_bytes,
         resident_experts=resident_experts,
@@ -246,15 +246,23 @@ def _wanted(resident_experts: float, experts: int, fewest: int) -> int:
     return count
 
 
-def _demand_formats(checkpoint: Checkpoint, backend: Backend, changed: Collection[Matrix]) -> None:
-    capabilities = backend.capabilities()
-    demand_multipliable(checkpoint, backend.name, capabilities)
-    missing = {matrix.target.name for matrix in changed} - capabilities.formats
-    if missing:
-        raise BackendError(
-            f"backend {backend.name} can't multiply {', '.join(sorted(missing))}; "
-            f"it takes {', '.join(sorted(capabilities.formats))}"
-        )
+def arithmetic_name(backend: Backend, trunk: str | None) -> str:
+    """The backend's, and the format that the trunk is converted to while loading, if it is."""
+    name = backend.capabilities().arithmetic
+    return name if trunk is None else f"{name}, trunk to {trunk}"
+
+
+def demand_formats(checkpoint: Checkpoint, backend: Backend, changed: Collection[Matrix] = ()) -> None:
+    """Raise BackendError for a folder that the backend can't multiply once `changed` is converted."""
+    demand_multipliable(checkpoint, backend.name, backend.capabilities())
+    for name in sorted({matrix.target.name for matrix in changed}):
+        demand_trunk_format(backend, name)
+
+
+def demand_trunk_format(backend: Backend, name: str) -> None:
+    takes = backend.capabilities().formats
+    if name not in takes:
+        raise BackendError(f"backend {backend.name} can't multiply {name}; it takes {', '.join(sorted(takes))}")
 
 
 def _contexts(sequences: int, tokens: int) -> str:

@@ -21,10 +21,12 @@ from .weights import checkpoint_schema
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """`weights` as a plan wants them, and the embedding table, of which a token reads one row."""
+    """`weights` as a plan wants them, the embedding table, of which a token reads one row, and the format that the
+    trunk is converted to while loading, if it is."""
 
     weights: WeightBytes
     embeddings: int
+    trunk_to: str | None = None
 
 
 def work_of(config: ModelConfig, model: ModelBytes) -> Work:
@@ -56,10 +58,17 @@ def plan_report(
     backend: str,
     arithmetic: str,
     context: int | None,
+    packing: int = 0,
 ) -> dict[str, Any]:
     """The plan as --json prints it: bytes, speeds in tokens/s. Raises MemoryPlanError, ContextLengthError."""
     tokens = planned_context(config, context)
     weights, on_device = model.weights, 0.0
+
+    def planned(in_ram: WeightBytes) -> Placement:
+        return plan_memory(
+            config, in_ram, backend, arithmetic, context=tokens, budget=machine.memory_bytes, packing=packing
+        )
+
     if machine.device_bytes:
         # with an accelerator the trunk and KV lie there, and experts in what is left of it
         first = weights.trunk + LatentCache.nbytes_for(config, tokens)
@@ -69,14 +78,14 @@ def plan_report(
                 f"{machine.name} has {gib(machine.device_bytes)}; a smaller --context needs less"
             )
         on_device = float(machine.device_bytes - first)
-        placement = plan_memory(
-            config, replace(weights, trunk=0), backend, arithmetic, context=tokens, budget=machine.memory_bytes
-        )
+        placement = planned(replace(weights, trunk=0))
     else:
-        placement = plan_memory(config, weights, backend, arithmetic, context=tokens, budget=machine.memory_bytes)
+        placement = planned(weights)
     facts: dict[str, Any] = {
         "machine": {"name": machine.name, "memory_bytes": machine.memory_bytes, "device_bytes": machine.device_bytes}
         | asdict(machine.rates),
+        "backend": backend,
+        "arithmetic": arithmetic,
         "bytes": _bytes(placement, model, on_device),
         "chunk_tokens": placement.prefill_chunk_tokens,
     }
@@ -127,6 +136,7 @@ def as_text(name: str, facts: dict[str, Any]) -> str:
     lines = [
         f"{name} on {machine['name']}: memory {gib(machine['memory_bytes'])} at {machine['memory'] / 1e9:.1f} GB/s, "
         f"drive {machine['drive'] / 1e9:.2f} GB/s",
+        f"  backend     {facts['backend']} ({facts['arithmetic']})",
         f"  trunk       {gib(size['trunk'])} in {trunk_at}, KV for {size['context_tokens']} tokens {gib(size['kv'])}",
         f"  experts     {gib(size['experts_all'])}: {size['slots']} of {size['experts']} in RAM "
         f"({gib(size['arena'])}), "

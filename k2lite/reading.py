@@ -6,18 +6,21 @@ dialogues.
 
 from __future__ import annotations
 
-from k2lite.quant.errors import RequestError
+from collections.abc import Sequence
 
 from .engine import Engine
 from .evaluation import split_windows
 from .progress import ProgressLine
+from .text.tokenizer import Tokenizer
 
 
-def read_windows(engine: Engine, text: str, window: int, max_tokens: int | None = None) -> int:
-    """Returns the number of tokens read. Raises RequestError for a window or a limit below 2 tokens."""
-    if max_tokens is not None and max_tokens < 2:
-        raise RequestError(f"{max_tokens} tokens asked for; expected 2 or more")
-    windows = split_windows(engine.tokenizer.encode(text, allow_special=True)[:max_tokens], window)
+def windows_of(tokenizer: Tokenizer, text: str, window: int, max_tokens: int) -> list[Sequence[int]]:
+    """The ids that will be read, window by window. Raises RequestError for a text that has too few."""
+    return split_windows(tokenizer.encode(text, allow_special=True)[:max_tokens], window)
+
+
+def read_windows(engine: Engine, windows: Sequence[Sequence[int]]) -> None:
+    """Read them, with a progress line."""
     line = ProgressLine(len(windows))
     try:
         for done, ids in enumerate(windows, 1):
@@ -25,4 +28,3 @@ def read_windows(engine: Engine, text: str, window: int, max_tokens: int | None 
             line.update(done, f"window {done} of {len(windows)}")
     finally:
         line.close()
-    return sum(map(len, windows))

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import torch
 
-from k2lite.backends.base import Assignment, Backend, Capabilities, Event, Memory, RoutingRule, Segment
+from k2lite.backends.base import Assignment, Backend, Event, Segment
+from k2lite.backends.forwarding import ForwardingBackend
 from k2lite.offload.source import ExpertSource, ForwardingSource, Lease
 from k2lite.quant.types import PROJECTIONS, ExpertWeights, QuantTensor
 
@@ -29,42 +30,24 @@ class Recorder:
         """A routed expert (".../mlp.experts.7") is to read rows (int64 [n]) of its layer's inputs x [T, D]."""
 
 
-class RecordingBackend(Backend):
+class RecordingBackend(ForwardingBackend):
     """`backend` with its inputs told to `recorder`. `trunk` are the trunk's matrices by module."""
 
     name: ClassVar[str] = "recording"
 
     def __init__(self, backend: Backend, recorder: Recorder, trunk: Mapping[str, QuantTensor]) -> None:
-        self.device = backend.device
-        self._backend = backend
+        super().__init__(backend)
         self._recorder = recorder
         # by identity: the weights are held by the model, and here
         self._trunk = trunk
         self._modules = {id(weight): module for module, weight in trunk.items()}
         self._experts: dict[int, str] = {}
 
-    def capabilities(self) -> Capabilities:
-        return self._backend.capabilities()
-
-    def memory(self) -> Memory:
-        return self._backend.memory()
-
-    def alloc(self, nbytes: int) -> torch.Tensor:
-        return self._backend.alloc(nbytes)
-
-    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Event:
-        return self._backend.copy(src, dst)
-
     def linear(self, x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
         module = self._modules.get(id(weight))
         if module is not None and len(x):
             self._recorder.matrix(module, x)
-        return self._backend.linear(x, weight)
-
-    def router(
-        self, x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor, rule: RoutingRule
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._backend.router(x, weight, bias, rule)
+        return super().linear(x, weight)
 
     def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
         for item in work:
@@ -82,7 +65,7 @@ class RecordingBackend(Backend):
         for segment in segments:
             new = segment.latent[segment.start - segment.stop :, : kv_b.shape[1]]
             self._recorder.matrix(self._modules[id(kv_b)], new)
-        return self._backend.attention(q_nope, q_rope, segments, kv_b, scale)
+        return super().attention(q_nope, q_rope, segments, kv_b, scale)
 
     def name_expert(self, module: str, expert: ExpertWeights) -> None:
         """From now on these weights belong to the expert called `module`."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 from .formats import FP8_NAME, Parts, QuantFormat, ScaleSearch, Shape
-from .types import QuantTensor
 
 BLOCK = 128
 E4M3_MAX = 448.0
@@ -54,13 +53,6 @@ class Fp8Block(QuantFormat):
             raise self.not_finite()
         encode_fp8(values, scales, parts["weight"].view(torch.uint8).numpy())
         return parts
-
-
-def with_scale_named(tensor: QuantTensor, scale_suffix: str) -> QuantTensor:
-    """A tensor of this format under the other name of its scale. The bytes are the same ones."""
-    target = Fp8Block(scale_suffix)
-    renamed = zip(target.parts(tensor.shape), tensor.format.parts(tensor.shape), strict=True)
-    return QuantTensor(target, tensor.shape, {new: tensor.parts[old] for new, old in renamed})
 
 
 def _spread(scale: torch.Tensor, shape: Shape) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ from .errors import CheckpointError, RequestError
 from .ggml_blocks import BLOCKS, GROUP, WRITTEN, ScaleCount, format_of_type, packed_as_blocks
 from .ggml_types import BY_NAME, GgmlType
 from .gguf_names import Heads, gguf_name, split_names, stack_name
-from .gguf_writer import GgufTensorSpec, GgufWriter, head_bytes, padded
+from .gguf_split import Part, SplitWriter, part_bytes, parts_of
+from .gguf_writer import GgufTensorSpec
 from .plain import PLAIN_DTYPES
 from .quantizer import THREADS
 from .read_ahead import read_ahead
@@ -62,8 +63,9 @@ class ExportPlan:
     def specs(self) -> list[GgufTensorSpec]:
         return [stack.spec for stack in self.stacks]
 
-    def file_bytes(self, metadata: Mapping[str, Any]) -> int:
-        return len(head_bytes(metadata, self.specs)) + sum(padded(spec.nbytes) for spec in self.specs)
+    def parts(self, path: Path, metadata: Mapping[str, Any], most_bytes: int | None = None) -> list[Part]:
+        """What files there will be: `path` itself, or its parts of about `most_bytes`."""
+        return parts_of(path, metadata, self.specs, most_bytes)
 
 
 @dataclass
@@ -148,25 +150,27 @@ def _type(name: str, wanted: str, shape: tuple[int, ...], notes: list[str]) -> G
 
 
 def export(
-    plan: ExportPlan, metadata: Mapping[str, Any], path: Path, report: Callable[[ExportProgress], None]
+    plan: ExportPlan,
+    parts: Sequence[Part],
+    report: Callable[[ExportProgress], None],
 ) -> ExportProgress:
-    """Write the file. Raises RequestError if it exists, CheckpointError naming file and tensor for what can't be read,
-    written or held by the type."""
-    if path.exists():
-        raise RequestError(f"{path}: exists already; name a new file")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"{path}: its folder does not exist; make it first")
-    needed, free = plan.file_bytes(metadata), shutil.disk_usage(path.absolute().parent).free
+    """Write the files. Raises RequestError if one exists, CheckpointError naming file and tensor for what can't be
+    read, written or held by the type."""
+    for path, *_ in parts:
+        if path.exists():
+            raise RequestError(f"{path}: exists already; name a new file")
+    path = parts[0][0]
+    needed, free = sum(map(part_bytes, parts)), shutil.disk_usage(path.absolute().parent).free
     if needed > free:
         raise CheckpointError(
-            f"{path}: the file takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room or name a file "
+            f"{path}: the files take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room or name a file "
             "on another disk"
         )
     progress = ExportProgress()
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     workers = ThreadPoolExecutor(THREADS, thread_name_prefix="export")
     try:
-        with GgufWriter(path, metadata, plan.specs) as writer:
+        with SplitWriter(parts) as writer:
             for made in read_ahead(_read(plan), _convert, READ_AHEAD_BLOCKS, reader, workers):
                 writer.append(made.tensor)
                 progress.add(made)

@@ -15,10 +15,11 @@ from typing import Any
 
 from .checkpoint import Checkpoint, StoredModule
 from .errors import CheckpointError
-from .formats import PACKED_INT, QuantFormat
+from .formats import PACKED_INT, QuantFormat, Shape
 from .fp8 import COMPRESSED_TENSORS_SCALE, SCALE, Fp8Block
-from .recipe import KEEP, Kind, Recipe
+from .recipe import Kind, Recipe, trunk_recipe
 from .safetensors_file import TensorRecord
+from .schema import TrunkSpec
 from .shard_writer import TensorSpec, file_bytes
 from .types import PROJECTIONS, ExpertKey
 
@@ -205,9 +206,15 @@ def _choices(
                 yield stored, "experts", key, modules[projection], target
 
 
+def trunk_kind(name: str, spec: TrunkSpec) -> Kind:
+    """What a recipe calls the trunk's weight of this canonical name."""
+    if not spec.quantizable:
+        return "kept"
+    return "lm_head" if name.startswith("lm_head") else "trunk"
+
+
 def _trunk_choice(checkpoint: Checkpoint, name: str, recipe: Recipe) -> tuple[str, Kind, StoredModule, QuantFormat]:
-    quantizable = checkpoint.schema.trunk[name].quantizable
-    kind: Kind = "kept" if not quantizable else "lm_head" if name.startswith("lm_head") else "trunk"
+    kind = trunk_kind(name, checkpoint.schema.trunk[name])
     module = checkpoint.trunk_module(name)
     stored, target = _choice(checkpoint, name, kind, module, recipe)
     return stored, kind, module, target
@@ -226,7 +233,7 @@ def _choice(
 def plan_trunk(checkpoint: Checkpoint, target: str) -> dict[str, Matrix]:
     """By canonical name, the trunk's matrices that `quantize --trunk TARGET` changes. Raises RequestError or
     CheckpointError for a target that is unknown or can't store a weight."""
-    recipe = Recipe(experts=KEEP, trunk=target, lm_head=KEEP)
+    recipe = trunk_recipe(target)
     matrices = {}
     for name in checkpoint.schema.trunk:
         matrix = _matrix(*_trunk_choice(checkpoint, name, recipe))
@@ -235,11 +242,17 @@ def plan_trunk(checkpoint: Checkpoint, target: str) -> dict[str, Matrix]:
     return matrices
 
 
-def _matrix(module: str, kind: Kind, source: StoredModule, target: QuantFormat) -> Matrix:
+def demand_fit(target: QuantFormat, module: str, shape: Shape) -> None:
+    """Raise CheckpointError naming the weight that `target` can't store."""
     try:
-        parts = target.parts(source.shape)
+        target.parts(shape)
     except CheckpointError as error:
-        raise CheckpointError(f"{module} {list(source.shape)}: {error}") from error
+        raise CheckpointError(f"{module} {list(shape)}: {error}") from error
+
+
+def _matrix(module: str, kind: Kind, source: StoredModule, target: QuantFormat) -> Matrix:
+    demand_fit(target, module, source.shape)
+    parts = target.parts(source.shape)
     kept = source.format is not None and source.format.name == target.name
     records = [record for _, record in source.parts.values()]
     # a vector that is no module's weight (the router's bias) has its own name

@@ -82,6 +82,11 @@ def default_recipe(formats: set[str]) -> Recipe:
     return Recipe(experts=experts, trunk="int8_g128", lm_head=KEEP)
 
 
+def trunk_recipe(target: str) -> Recipe:
+    """What `--trunk TARGET` does while loading: all else is kept. Raises RequestError for an unknown format."""
+    return Recipe(experts=KEEP, trunk=target, lm_head=KEEP)
+
+
 def parse_rule(text: str) -> Rule:
     """PATTERN=FORMAT, the format being what follows the last "="."""
     pattern, equals, target = text.rpartition("=")

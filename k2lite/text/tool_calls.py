@@ -1,7 +1,9 @@
 """Tool calls as Kimi-K2 writes them, read out of an answer's text.
 
 A call is `functions.NAME:NUMBER` and its arguments between control tokens; the id is what the tool's result must name.
-Does not judge arguments: they are the model's text, JSON or not.
+For programs that hold a whole answer, such as tools/demo_tool_call.py, and for judging answers: strict, where
+answer_reader.py, through which the server streams, takes every deviation on file. Does not judge arguments: they are
+the model's text, JSON or not.
 """
 
 from __future__ import annotations

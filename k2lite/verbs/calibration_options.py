@@ -62,14 +62,16 @@ def calibrate(
     from k2lite.calibration import Calibration, demand_memory
     from k2lite.loading import load
     from k2lite.quant.method import to_integers
-    from k2lite.reading import read_windows
+    from k2lite.reading import read_windows, windows_of
+    from k2lite.text.tokenizer import load_tokenizer
 
     to_integers(plan.matrices)
     text = read_text(args.calibration)
-    tokens = args.calibration_tokens or DEFAULT_TOKENS
+    windows = windows_of(load_tokenizer(args.source), text, DEFAULT_WINDOW, args.calibration_tokens or DEFAULT_TOKENS)
+    tokens = sum(map(len, windows))
     demand_memory(config, plan, tokens)
     calibration = Calibration(checkpoint, text, tokens)
     engine = load(args.source, backend=args.backend or "auto", context=DEFAULT_WINDOW, recorder=calibration)
     print(f"k2lite quantize: {args.source} reads {args.calibration}", file=sys.stderr)
-    read_windows(engine, text, DEFAULT_WINDOW, tokens)
+    read_windows(engine, windows)
     return calibration

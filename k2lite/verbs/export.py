@@ -1,7 +1,8 @@
-"""Write a model as one GGUF file, for llama.cpp.
+"""Write a model as a GGUF file, for llama.cpp.
 
 INT4 and INT8 codes are copied, all else is rounded to the type. With q4_0 the routed experts are Q4_0 and all other
-matrices Q8_0. The file is under its own name only when it is whole.
+matrices Q8_0. A file is under its own name only when it is whole, and all its parts are; what a run that was cut off
+has left is removed by the next one, which begins anew.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="a model folder, as downloaded")
     parser.add_argument("destination", metavar="OUT.gguf", type=Path, help="the file to write")
     parser.add_argument("--type", required=True, metavar="TYPE", help=f"of the weights: {TYPES}")
+    parser.add_argument(
+        "--split-max-size",
+        metavar="SIZE",
+        help="write parts of up to so many bytes, such as 50GB, OUT-00001-of-0000N.gguf and on (default: one file)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
@@ -34,34 +40,52 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.loading import open_model
     from k2lite.progress import ProgressLine
     from k2lite.quant.gguf_export import export, plan_export
+    from k2lite.quant.gguf_split import part_bytes, remove_leftovers
 
-    if args.destination.suffix != ".gguf":
-        raise RequestError(f"{args.destination}: name a file that ends in .gguf")
+    most_bytes = _check(args)
     config, checkpoint = open_model(args.source)
     checkpoint.raise_for_problems()
     plan = plan_export(checkpoint, args.type, kv_b_heads(config))
     metadata, notes = export_metadata(args.source, config, args.type)
-    left_out = [f"left out: {len(names)} x {reason}" for reason, names in checkpoint.ignored.items()]
-    print(as_text(args.source, plan, plan.file_bytes(metadata), [*notes, *left_out]), file=sys.stderr)
+    parts = plan.parts(args.destination, metadata, most_bytes)
+    notes += [f"left out: {len(names)} x {reason}" for reason, names in checkpoint.ignored.items()]
+    print(as_text(args.source, plan, [part_bytes(part) for part in parts], notes), file=sys.stderr)
+    for left in remove_leftovers(args.destination):
+        print(f"k2lite export: removed what a run that was cut off has left: {left}", file=sys.stderr)
     line = ProgressLine(sum(stack.source_nbytes for stack in plan.stacks))
     try:
         report = lambda progress: line.update(progress.read_bytes, progress.tensor)  # noqa: E731
-        progress = export(plan, metadata, args.destination, report)
+        progress = export(plan, parts, report)
     finally:
         line.close()
-    facts = export_facts(args.destination, progress, line.elapsed_s)
+    facts = export_facts([path for path, *_ in parts], progress, line.elapsed_s)
     if args.json:
         print(json.dumps(facts))
     print(summary(facts), file=sys.stderr)
     return 0
 
 
-def export_facts(path: Path, progress: ExportProgress, seconds: float) -> dict[str, Any]:
-    """What --json prints."""
+def _check(args: argparse.Namespace) -> int | None:
+    """Bytes of a part, if there are to be parts. Raises RequestError for what needs no reading to be refused."""
+    from k2lite.byte_sizes import parse_bytes
+
+    if args.destination.suffix != ".gguf":
+        raise RequestError(f"{args.destination}: name a file that ends in .gguf")
+    if not args.destination.absolute().parent.is_dir():
+        raise RequestError(f"{args.destination}: its folder does not exist; make it first")
+    most_bytes = None if args.split_max_size is None else parse_bytes(args.split_max_size)
+    if most_bytes is not None and most_bytes < 1:
+        raise RequestError(f"--split-max-size is {args.split_max_size}; expected 1 byte or more")
+    return most_bytes
+
+
+def export_facts(paths: list[Path], progress: ExportProgress, seconds: float) -> dict[str, Any]:
+    """What --json prints; `file` is what readers are given, the first of `files`."""
     scales = progress.scales
     return {
-        "file": str(path),
-        "bytes": path.stat().st_size,
+        "file": str(paths[0]),
+        "files": [str(path) for path in paths],
+        "bytes": sum(path.stat().st_size for path in paths),
         "read_bytes": progress.read_bytes,
         "seconds": seconds,
         "scales_copied": scales.scales,
@@ -71,8 +95,8 @@ def export_facts(path: Path, progress: ExportProgress, seconds: float) -> dict[s
     }
 
 
-def as_text(source: Path, plan: ExportPlan, nbytes: int, notes: list[str]) -> str:
-    """The plan as a person reads it."""
+def as_text(source: Path, plan: ExportPlan, sizes: list[int], notes: list[str]) -> str:
+    """The plan as a person reads it; `sizes` are the files' bytes."""
     from k2lite.placement import gib
 
     table: dict[tuple[str, str], list[int]] = {}
@@ -80,7 +104,9 @@ def as_text(source: Path, plan: ExportPlan, nbytes: int, notes: list[str]) -> st
         row = table.setdefault((stack.kind, stack.spec.type.name), [0, 0])
         row[0] += 1
         row[1] += stack.spec.nbytes
-    lines = [f"{source}: {len(plan.stacks)} tensors, {gib(nbytes)} to write"]
+    lines = [f"{source}: {len(plan.stacks)} tensors, {gib(sum(sizes))} to write"]
+    if len(sizes) > 1:
+        lines[0] += f" in {len(sizes)} parts of up to {gib(max(sizes))}"
     lines += [f"  {kind:<8} {count:>6} x  {name:<5} {gib(size)}" for (kind, name), (count, size) in table.items()]
     return "\n".join([*lines, *map("  {}".format, [*notes, *_shortened(plan.notes)])])
 
@@ -93,7 +119,8 @@ def _shortened(notes: tuple[str, ...]) -> list[str]:
 def summary(facts: dict[str, Any]) -> str:
     from k2lite.progress import duration
 
-    text = f"k2lite export: wrote {facts['file']}, {facts['bytes'] / 1e9:.3f} GB, in {duration(facts['seconds'])}"
+    more = f" and {len(facts['files']) - 1} more parts" if len(facts["files"]) > 1 else ""
+    text = f"k2lite export: wrote {facts['file']}{more}, {facts['bytes'] / 1e9:.3f} GB, in {duration(facts['seconds'])}"
     if facts["scales_copied"]:
         changed, zeroed = facts["scales_changed"], facts["scales_zeroed"]
         text += f"; the cast to F16 changed {changed} of {facts['scales_copied']} scales"

@@ -43,6 +43,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads that multiply on the CPU (default: what the process may use)"
     )
+    add_trunk_argument(parser)
+    add_memory_arguments(parser)
+    add_eps_argument(parser)
+
+
+def add_trunk_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trunk",
         default="keep",
@@ -50,8 +56,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantize attention, shared experts and dense layers while loading, to a format of quantize --trunk, such "
         "as int8_g128 (default: keep)",
     )
-    add_memory_arguments(parser)
-    add_eps_argument(parser)
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +132,9 @@ def add_eps_argument(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen. What is left out comes from generation_config.json, else from the defaults named here."""
     parser.add_argument("--max-tokens", type=int, metavar="N", help="most new tokens (default: what the context holds)")
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: 0.6)")
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="0 is greedy: no filter has an effect (default: 0.6)"
+    )
     parser.add_argument("--top-p", type=float, metavar="X", help="smallest set with this probability (default: 1, off)")
     parser.add_argument("--top-k", type=int, metavar="N", help="the N likeliest tokens only (default: 0, off)")
     parser.add_argument(
@@ -144,6 +150,8 @@ def check_sampling_arguments(args: argparse.Namespace) -> None:
     from k2lite.sampling import SamplingParams
 
     SamplingParams(**_given(args))
+    if args.temperature is not None:
+        _demand_effect(args, args.temperature)
     if args.max_tokens is not None and args.max_tokens < 1:
         raise RequestError(f"max_tokens is {args.max_tokens}; expected 1 or more")
     if "" in args.stop:
@@ -181,7 +189,23 @@ def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
     import secrets
     from dataclasses import replace
 
-    return replace(engine.recommended_sampling, **{"seed": secrets.randbits(32), **_given(args)})
+    params = replace(engine.recommended_sampling, **{"seed": secrets.randbits(32), **_given(args)})
+    _demand_effect(args, params.temperature)
+    return params
+
+
+def _demand_effect(args: argparse.Namespace, temperature: float) -> None:
+    """At temperature 0 the likeliest token is taken, whatever the filters are. A seed does no harm: its answer is the
+    same each time."""
+    from k2lite.quant.errors import RequestError
+
+    filters = {"--top-p": (args.top_p, 1), "--top-k": (args.top_k, 0), "--min-p": (args.min_p, 0)}
+    for option, (value, off) in filters.items():
+        if temperature == 0 and value is not None and value != off:
+            raise RequestError(
+                f"{option} {value:g} has no effect at temperature 0, which takes the likeliest token: leave it out, or "
+                "give another --temperature"
+            )
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from k2lite.quant.errors import RequestError
 
+from .model_options import add_trunk_argument
+
 if TYPE_CHECKING:
     from k2lite.backends.base import Backend
     from k2lite.config import ModelConfig
@@ -30,36 +32,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ram", metavar="SIZE", help="memory the process may take (default: what the machine can spare)"
     )
     parser.add_argument("--context", type=int, metavar="TOKENS", help="as for run")
+    add_trunk_argument(parser)
     parser.add_argument("--machine", type=Path, metavar="FILE", help="plan for the machine that this file describes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def execute(args: argparse.Namespace) -> int:
     from k2lite.backends.registry import open_backend
+    from k2lite.offload.packed_source import packing_bytes
+    from k2lite.placement import arithmetic_name
     from k2lite.planning import as_text, plan_report
 
     backend = open_backend(args.backend)
-    config, model, checkpoint = _model(args.model)
+    config, model, checkpoint = _model(args.model, args.trunk, backend)
     machine = _machine(args, backend, checkpoint)
     facts = plan_report(
-        config, model, machine, backend=backend.name, arithmetic=backend.capabilities().arithmetic, context=args.context
+        config,
+        model,
+        machine,
+        backend=backend.name,
+        arithmetic=arithmetic_name(backend, model.trunk_to),
+        context=args.context,
+        packing=0 if checkpoint is None else packing_bytes(checkpoint, backend),
     )
     facts = {"model": str(args.model), **facts}
     print(json.dumps(facts) if args.json else as_text(str(args.model), facts))
     return 0
 
 
-def _model(path: Path) -> tuple[ModelConfig, ModelBytes, Checkpoint | None]:
+def _model(path: Path, trunk: str, backend: Backend) -> tuple[ModelConfig, ModelBytes, Checkpoint | None]:
+    """Refuses what `run` would refuse."""
     from k2lite.loading import open_model
     from k2lite.model_sizes import EMBEDDINGS, published_sizes
-    from k2lite.placement import WeightBytes
+    from k2lite.placement import WeightBytes, demand_formats, demand_trunk_format
     from k2lite.planning import ModelBytes
+    from k2lite.quant.quantization_plan import plan_trunk
 
     if path.is_dir():
         config, checkpoint = open_model(path)
         checkpoint.raise_for_problems()
+        changed = plan_trunk(checkpoint, trunk).values()
+        demand_formats(checkpoint, backend, changed)
         embeddings = checkpoint.trunk_module(EMBEDDINGS).nbytes
-        return config, ModelBytes(WeightBytes.of(config, checkpoint), embeddings), checkpoint
+        weights = WeightBytes.of(config, checkpoint, changed)
+        return config, ModelBytes(weights, embeddings, trunk if changed else None), checkpoint
     from k2lite.config import parse_config
     from k2lite.config_reader import read_object
     from k2lite.offload.slots import rounded_out
@@ -67,10 +83,13 @@ def _model(path: Path) -> tuple[ModelConfig, ModelBytes, Checkpoint | None]:
 
     raw = read_object(path)
     config = parse_config(raw, path)
-    sizes = published_sizes(config, raw)
+    sizes = published_sizes(config, raw, trunk=trunk)
+    if sizes.converted:
+        demand_trunk_format(backend, trunk)
     slot = rounded_out(Extent(path, 1, sizes.expert))[1]  # in one run, wherever it begins
     experts = len(config.moe_layers) * config.n_routed_experts
-    return config, ModelBytes(WeightBytes(str(path), sizes.trunk, sizes.experts, slot, experts), sizes.embeddings), None
+    weights = WeightBytes(str(path), sizes.trunk, sizes.experts, slot, experts)
+    return config, ModelBytes(weights, sizes.embeddings, trunk if sizes.converted else None), None
 
 
 def _machine(args: argparse.Namespace, backend: Backend, checkpoint: Checkpoint | None) -> Machine:

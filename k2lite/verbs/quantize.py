@@ -85,7 +85,12 @@ def _execute(args: argparse.Namespace, folder: Path, config: ModelConfig, checkp
     check_calibration_arguments(args)
     native = _is_int4_native(checkpoint)
     if native and args.destination is None and not args.dry_run and args.backend is None:
-        print(f"k2lite quantize: the experts of {args.source} are INT4 already; run it as it is", file=sys.stderr)
+        print(
+            f"k2lite quantize: the experts of {args.source} are INT4 already; run it as it is, or with "
+            "--trunk int8_g128 (run, chat, serve, plan, bench), which quantizes the trunk while loading; name DST for "
+            "a folder of it",
+            file=sys.stderr,
+        )
         return 0
     capabilities = _capabilities(args.backend)
     plan = plan_quantization(checkpoint, _recipe(args, checkpoint, capabilities), text_only=args.text_only)

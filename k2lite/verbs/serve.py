@@ -61,19 +61,19 @@ def execute(args: argparse.Namespace) -> int:
 
     prefix_bytes = parse_bytes(args.prefix_size)
     limits = Limits(slots=args.slots, queue=args.queue)
-    socket = listen(args.host, args.port)  # a port that is taken is said before anything loads
-    engine = load_engine(args, sequences=limits.slots + limits.kept_prefixes)
-    name = args.served_model_name or (args.model.resolve().name if args.model else "k2lite-demo")
-    store = None
-    if args.prefix_dir != "none":
-        folder = Path(args.prefix_dir) if args.prefix_dir else user_cache_folder() / "prefixes"
-        store = PrefixStore(folder, engine, limit_bytes=prefix_bytes)
-        print(f"k2lite: prefixes are kept in {folder}, up to {args.prefix_size}", file=sys.stderr)
-    service = Service(engine, name=name, limits=limits, store=store)
-    port = socket.getsockname()[1]
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"k2lite: {name} answers at http://{host}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
-    run(Server(service, key=key).app(), socket)
+    with listen(args.host, args.port) as socket:  # a port that is taken is said before anything loads
+        engine = load_engine(args, sequences=limits.slots + limits.kept_prefixes)
+        name = args.served_model_name or (args.model.resolve().name if args.model else "k2lite-demo")
+        store = None
+        if args.prefix_dir != "none":
+            folder = Path(args.prefix_dir) if args.prefix_dir else user_cache_folder() / "prefixes"
+            store = PrefixStore(folder, engine, limit_bytes=prefix_bytes)
+            print(f"k2lite: prefixes are kept in {folder}, up to {args.prefix_size}", file=sys.stderr)
+        service = Service(engine, name=name, limits=limits, store=store)
+        port = socket.getsockname()[1]
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"k2lite: {name} answers at http://{host}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
+        run(Server(service, key=key).app(), socket)
     return 0
 
 

@@ -105,6 +105,8 @@ def test_info_shows_problems_and_run_refuses_them(k2: Run, demo: Path, tmp_path:
         (["info", "nowhere"], "not a folder"),
         (["run", "{demo}", "-p", "x", "--backend", "abacus"], "backend 'abacus' is unknown"),
         (["run", "{demo}", "-p", "x", "--temperature", "-1"], "temperature is -1.0"),
+        (["run", "{demo}", "-p", "x", "--temperature", "0", "--top-p", "0.9"], "--top-p 0.9 has no effect at temperat"),
+        (["chat", "{demo}", "--min-p", "0.1", "--temperature", "0"], "--min-p 0.1 has no effect at temperature 0"),
         (["run", "{demo}", "-p", "x", "--max-tokens", "100000"], "the context holds"),
         (["run", "{demo}", "-p", "x", "--context", "0"], "context of 0 tokens"),
         (["demo", "{demo}"], "exists already"),
@@ -253,3 +255,18 @@ def test_a_folder_without_tokenizer_or_template_can_t_chat_and_says_so_at_once(
     assert "found neither tiktoken.model nor tokenizer.json" in result.stderr.splitlines()[-1]
     engine = k2lite.load(bare)
     assert len(list(engine.generate([1, 2], max_tokens=2, stop_ids=frozenset()))) == 2
+
+
+def test_what_is_off_or_harmless_goes_with_temperature_0(k2: Run, demo: Path) -> None:
+    off = ("--top-p", 1, "--top-k", 0, "--min-p", 0, "--seed", 3)
+    assert k2("run", demo, "-p", "Hi", "--max-tokens", 1, "--temperature", 0, *off).returncode == 0
+
+
+def test_a_filter_without_effect_is_refused_where_the_folder_asks_for_temperature_0(
+    k2: Run, demo: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(demo, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0}')
+    refused = k2("run", tmp_path / "model", "-p", "Hi", "--max-tokens", 1, "--top-k", 5)
+    assert refused.returncode == 2
+    assert "--top-k 5 has no effect at temperature 0" in refused.stderr

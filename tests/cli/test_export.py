@@ -31,10 +31,27 @@ def test_there_and_back(k2: Run, tmp_path: Path) -> None:
     assert open_model(tmp_path / "back")[1].problems == ()
 
 
+def test_parts_and_leftovers(k2: Run, tmp_path: Path) -> None:
+    config = tiny_config(hidden_size=128)
+    write_checkpoint(tmp_path / "int4", config, random_weights(config, seed=1), format="int4")
+    (tmp_path / "m.gguf.partial").write_bytes(b"cut off")
+    made = k2("export", tmp_path / "int4", tmp_path / "m.gguf", "--type", "q4_0", "--split-max-size", "60KiB", "--json")
+    assert made.returncode == 0, made.stderr
+    assert "removed what a run that was cut off has left: m.gguf.partial" in made.stderr
+    facts = json.loads(made.stdout)
+    assert facts["files"] == sorted(map(str, tmp_path.glob("m*")))
+    assert facts["bytes"] == sum(Path(path).stat().st_size for path in facts["files"])
+    assert f"{len(facts['files'])} parts of up to" in made.stderr
+    back = k2("quantize", facts["file"], tmp_path / "back", "--experts", "keep", "--trunk", "keep")
+    assert back.returncode == 0, back.stderr
+
+
 def test_mistakes_are_one_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     for arguments, message in (
         (("export", demo, tmp_path / "out", "--type", "q8_0"), "name a file that ends in .gguf"),
+        (("export", demo, tmp_path / "none" / "out.gguf", "--type", "q8_0"), "its folder does not exist"),
+        (("export", demo, tmp_path / "out.gguf", "--type", "q8_0", "--split-max-size", 0), "--split-max-size is 0"),
         (("export", demo, tmp_path / "out.gguf", "--type", "q5_k"), "--type: 'q5_k' is unknown"),
         (("export", tmp_path / "bad.gguf", tmp_path / "out.gguf", "--type", "f32"), "makes a folder of it that runs"),
         (("quantize", tmp_path / "bad.gguf", tmp_path / "out"), "bad.gguf: found the file's end"),

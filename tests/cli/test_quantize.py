@@ -64,7 +64,7 @@ def test_an_int4_folder_is_told_that_it_needs_nothing(k2: Run, tmp_path: Path) -
     write_checkpoint(tmp_path / "int4", config, random_weights(config, seed=1), format="int4")
     result = k2("quantize", tmp_path / "int4")
     assert (result.returncode, result.stdout) == (0, "")
-    assert "are INT4 already; run it as it is" in result.stderr
+    assert "are INT4 already; run it as it is, or with --trunk int8_g128 (run, chat" in result.stderr
 
 
 def test_mistakes_are_one_line(k2: Run, demo: Path, tmp_path: Path) -> None:

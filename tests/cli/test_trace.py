@@ -48,11 +48,13 @@ def test_what_is_recorded_weighs_what_is_quantized(
 
 
 def test_gptq_reads_its_text_and_says_so_in_the_manifest(demo: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ("--rounding", "gptq", "--calibration", text, "--calibration-tokens", 20)
-    run("quantize", demo, tmp_path / "out", *TRUNK, *arguments)
-    settings = json.loads((tmp_path / "out" / "k2lite_manifest.json").read_text())["settings"]
-    assert settings["rounding"] == "gptq"
-    assert settings["calibration"]["tokens"] == 20
+    read = k2lite.load(demo).tokenizer.encode(TEXT, allow_special=True)
+    for tokens, name in ((20, "out"), (len(read) + 9, "all")):  # more than there are: those that there are
+        arguments = ("--rounding", "gptq", "--calibration", text, "--calibration-tokens", tokens)
+        run("quantize", demo, tmp_path / name, *TRUNK, *arguments)
+        settings = json.loads((tmp_path / name / "k2lite_manifest.json").read_text())["settings"]
+        assert settings["rounding"] == "gptq"
+        assert settings["calibration"]["tokens"] == min(tokens, len(read))
     assert settings["calibration"]["text"].startswith("xxh3 ")
     run("quantize", demo, tmp_path / "plain", *TRUNK)
     found, plain = (k2lite.load(tmp_path / name).logits([1, 2, 3]) for name in ("out", "plain"))

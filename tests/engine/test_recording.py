@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import k2lite
-from k2lite.calibration import Calibration, demand_memory
+from k2lite.calibration import WAITING_FACTORS, Calibration, demand_memory
 from k2lite.errors import MemoryPlanError
 from k2lite.loading import open_model
 from k2lite.moment_recorder import MomentRecorder
+from k2lite.quant import error_compensation
 from k2lite.quant.formats import format_named
 from k2lite.quant.moments import PRIOR_TOKENS, Moments
+from k2lite.quant.quantizer import READ_AHEAD_BLOCKS, quantize
 from k2lite.quant.recipe import Recipe
 from tests.checkpoints import Weights, random_weights, tiny_config, write_checkpoint
 from tests.model.oracle import load_oracle
-from tests.quant.quantizing import make_plan
+from tests.quant.quantizing import make_job, make_plan, write_source
 
 IDS = [3, 150, 7, 7, 21, 90, 14, 15, 92, 65, 35]
 CONFIG = tiny_config(num_hidden_layers=2)
@@ -110,8 +115,49 @@ def test_more_than_memory_is_refused_with_the_sum(values: tuple[Path, Weights]) 
     plan = make_plan(folder, Recipe(experts="int4_g32", trunk="keep", lm_head="keep"))
     demand_memory(config, plan, 1000)
     # by hand: attention 64 + 24 + 32 + 4 x 20 a layer, feed-forward 64 + 96 and 64 + 32, head 64
-    with pytest.raises(MemoryPlanError, match=r"720 numbers a token x 1000000000 tokens x 4 bytes = 2682.21 GiB"):
+    hessians = 6 * 96 * 96 * 8 + (READ_AHEAD_BLOCKS + 1) * 96 * 96 * 4
+    with pytest.raises(MemoryPlanError) as refused:
         demand_memory(config, plan, 10**9)
+    assert "720 numbers a token x 1000000000 tokens x 4 bytes = 2682.21 GiB" in str(refused.value)
+    assert f"{READ_AHEAD_BLOCKS + 1} factors of 4 bytes = {hessians / 2**20:.1f} MiB" in str(refused.value)
+
+
+def test_no_more_factors_live_at_once_than_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert's matrix has a factor of its own; here none is used before as many are made as can be."""
+
+    class Flat:
+        settings: ClassVar = {"text": "none"}
+
+        def widths(self) -> dict[str, int]:
+            return open_model(tmp_path / "model")[1].schema.matrix_widths()
+
+        def hessian(self, module: str) -> torch.Tensor:
+            return torch.eye(self.widths()[module], dtype=torch.float64)
+
+    living: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def counted(hessian: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        factor = inverse_factor(hessian)
+        living.add(factor)
+        most = max(most, len(living))
+        if most >= READ_AHEAD_BLOCKS:
+            queue_is_full.set()
+        return factor
+
+    def waiting(*arguments: Any) -> dict[str, torch.Tensor]:
+        assert queue_is_full.wait(60)
+        return compensated(*arguments)
+
+    queue_is_full = threading.Event()
+    inverse_factor, compensated = error_compensation.inverse_factor, error_compensation.compensated
+    monkeypatch.setattr(error_compensation, "inverse_factor", counted)
+    monkeypatch.setattr(error_compensation, "compensated", waiting)
+    write_source(tmp_path / "model", "bf16", num_hidden_layers=2, n_routed_experts=16)
+    job = replace(make_job(tmp_path / "model", tmp_path / "out"), hessians=Flat())
+    quantize(job, resume=False, report=lambda _: None)
+    assert READ_AHEAD_BLOCKS <= most <= WAITING_FACTORS
 
 
 def test_an_expert_that_no_token_chose_has_the_layers_moments(values: tuple[Path, Weights], tmp_path: Path) -> None:

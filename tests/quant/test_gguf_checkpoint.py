@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 import k2lite
 from k2lite.gguf_model import as_folder, open_gguf
 from k2lite.loading import open_model
+from k2lite.quant import conversion
 from k2lite.quant.errors import CheckpointError, ConfigError, K2LiteError
-from k2lite.quant.quantization_plan import plan_quantization
+from k2lite.quant.method import Method
+from k2lite.quant.quantization_plan import QuantizationPlan, plan_quantization
 from k2lite.quant.quantizer import Job, quantize
 from k2lite.quant.recipe import Recipe
 from tests.quant.quantizing import write_source
@@ -39,6 +41,14 @@ def read_back(path: Path, folder: Path, recipe: Recipe = KEEP) -> dict[str, torc
         config = quantized_config(read_json_object(small / "config.json"), plan)
         quantize(Job(plan, small, {}, config, folder), resume=False, report=lambda _: None)
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def gguf_plan(path: Path) -> QuantizationPlan:
+    return plan_quantization(open_gguf(path).checkpoint, KEEP)
+
+
+def as_bf16(value: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(value.astype(np.float32)).to(torch.bfloat16).float().numpy()
 
 
 def test_a_bf16_file_read_back_computes_the_same_logits(tmp_path: Path) -> None:
@@ -72,19 +82,25 @@ def test_int4_through_q4_0_is_the_same_bytes(tmp_path: Path) -> None:
 
 
 def foreign(
-    folder: Path, path: Path, *, types: tuple[str, ...] = ("F32",), change: Change = lambda _: None, old: bool = False
+    folder: Path,
+    path: Path,
+    *,
+    types: tuple[str, ...] = ("F32",),
+    change: Change = lambda _: None,
+    old: bool = False,
+    heads: int = 4,
 ) -> dict[str, np.ndarray]:
     """A file as llama.cpp writes it, by the gguf package; returns each tensor's values. `types` take turns over the
     experts and matrices whose rows they fit; blocks are random bytes where the package can't quantize."""
-    weights = write_source(folder, "f32", **CONFIG)
-    tensors = {gguf_name(name): value for name, value in expected(weights, heads=4, nope=16)}
+    weights = write_source(folder, "f32", **CONFIG, num_attention_heads=heads, num_key_value_heads=heads)
+    tensors = {gguf_name(name): value for name, value in expected(weights, heads=heads, nope=16)}
     change(tensors)
     writer = gguf.GGUFWriter(path, "deepseek2")
     integers = {"block_count": 3, "context_length": 512, "embedding_length": 256, "feed_forward_length": 384,
                 "leading_dense_block_count": 1, "expert_feed_forward_length": 256, "expert_count": 4,
                 "expert_used_count": 2, "expert_shared_count": 1, "expert_gating_func": 2, "vocab_size": 160,
-                "attention.head_count": 4, "attention.head_count_kv": 4 if old else 1, "attention.q_lora_rank": 128,
-                "attention.kv_lora_rank": 128, "rope.dimension_count": 8,
+                "attention.head_count": heads, "attention.head_count_kv": heads if old else 1,
+                "attention.q_lora_rank": 128, "attention.kv_lora_rank": 128, "rope.dimension_count": 8,
                 "attention.key_length": 24 if old else 136, "attention.value_length": 32 if old else 128,
                 **({} if old else {"attention.key_length_mla": 24, "attention.value_length_mla": 32})}  # fmt: skip
     for key, value in integers.items():
@@ -119,10 +135,10 @@ def foreign(
     return values
 
 
-def assert_same(back: dict[str, torch.Tensor], values: dict[str, np.ndarray]) -> None:
+def assert_same(back: dict[str, torch.Tensor], values: dict[str, np.ndarray], heads: int = 4) -> None:
     """Every tensor of the folder has the file's values, in whatever type `keep` gave it."""
     dense = {name: tensor for name, tensor in back.items() if not name.endswith(("_packed", "_scale", "_shape"))}
-    wanted = {gguf_name(name): tensor for name, tensor in expected(dense, heads=4, nope=16)}
+    wanted = {gguf_name(name): tensor for name, tensor in expected(dense, heads=heads, nope=16)}
     assert wanted.keys() == values.keys()
     for name, value in values.items():
         as_stored = torch.from_numpy(value.copy())
@@ -158,12 +174,46 @@ def test_old_files_have_kv_b_proj_in_one_and_others_gate_and_up_together(tmp_pat
     assert torch.equal(*logits)
 
 
-def test_kv_b_proj_is_joined_in_blocks_of_whole_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from k2lite.quant import conversion
+@pytest.mark.parametrize("size", ["READ_BYTES", "BLOCK_WEIGHTS"])
+def test_kv_b_proj_is_joined_in_blocks_of_whole_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    """16 heads of 48 rows in blocks of 384 rows, the fewest that both heads and FP8's blocks fill."""
+    values = foreign(tmp_path / "source", tmp_path / "m.gguf", types=("Q8_0", "F16"), heads=16)
+    monkeypatch.setattr(conversion, size, 1)
+    matrix = next(m for m in gguf_plan(tmp_path / "m.gguf").matrices if m.module.endswith("1.self_attn.kv_b_proj"))
+    assert [block.rows.shape[0] for block in conversion.read_blocks(matrix, Method())] == [384, 384]
+    assert_same(read_back(tmp_path / "m.gguf", tmp_path / "back"), values, heads=16)
 
-    values = foreign(tmp_path / "source", tmp_path / "m.gguf", types=("Q8_0", "F16"))
+
+@pytest.mark.parametrize("method", [Method(), Method("mse")])
+def test_codes_of_q4_0_are_taken_over_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method
+) -> None:
+    """Whatever the rule for scales is: there is none to find. What it costs is the cast of scales from F16 to BF16."""
+    stacks = foreign(tmp_path / "source", tmp_path / "m.gguf", types=("Q4_0", "F16"))
     monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1)
-    assert_same(read_back(tmp_path / "m.gguf", tmp_path / "back"), values)
+    experts = [
+        m for m in gguf_plan(tmp_path / "m.gguf").matrices if m.source_format.name == "q4_0" and ".3." in m.module
+    ]
+    matrix = next(m for m in experts if m.kind == "experts")
+    assert matrix.target.name == "int4_g32"
+    values = stacks[gguf_name(matrix.module.replace(".3.", ".") + ".weight")][3]
+    blocks = [conversion.convert_block(block) for block in conversion.read_blocks(matrix, method)]
+    assert [block.rows for block in blocks] == [128, 128]
+    words = torch.cat([part for block in blocks for part in block.parts["weight_packed"]]).numpy().view(np.uint8)
+    scales = torch.cat([part for block in blocks for part in block.parts["weight_scale"]]).float().numpy()
+    codes = np.stack((words & 15, words >> 4), axis=-1).reshape(256, 8, 32).astype(np.int64) - 8
+    f16 = values.reshape(256, 8, 32) / np.where(codes, codes, 1)  # the file's scale, wherever a code is not 0
+    known = (codes != 0) & (f16 != 0)
+    assert np.array_equal(np.broadcast_to(scales[:, :, None], codes.shape)[known], as_bf16(f16[known]))
+    assert not values.reshape(codes.shape)[codes == 0].any()
+    made, damage = codes * scales[:, :, None].astype(np.float64), conversion.Damage()
+    for block in blocks:
+        damage.add(block.sums)
+    error = ((made.reshape(256, 256) - values) ** 2).sum() / (values.astype(np.float64) ** 2).sum()
+    assert damage.relative_mse == pytest.approx(error, rel=1e-6, abs=1e-12)
+    assert 0 < error < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import torch
 from k2lite.gguf_metadata import kv_b_heads
 from k2lite.gguf_model import export_metadata
 from k2lite.loading import open_model
-from k2lite.quant import conversion, gguf_export, gguf_writer
+from k2lite.quant import conversion, gguf_export, gguf_split, gguf_writer
 from k2lite.quant.errors import CheckpointError, RequestError
 from k2lite.quant.gguf_export import EXPORT_TYPES, ExportProgress, export, plan_export
 from k2lite.quant.gguf_file import read_gguf
+from k2lite.quant.gguf_writer import GgufWriter
 from tests.checkpoints import Weights
 from tests.quant.quantizing import write_source
 
@@ -25,11 +26,12 @@ from tests.quant.quantizing import write_source
 NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, 3)
 
 
-def write(source: Path, path: Path, type_name: str) -> ExportProgress:
+def write(source: Path, path: Path, type_name: str, most_bytes: int | None = None) -> ExportProgress:
     config, checkpoint = open_model(source)
     checkpoint.raise_for_problems()
     plan = plan_export(checkpoint, type_name, kv_b_heads(config))
-    return export(plan, export_metadata(source, config, type_name)[0], path, lambda _: None)
+    parts = plan.parts(path, export_metadata(source, config, type_name)[0], most_bytes)
+    return export(plan, parts, lambda _: None)
 
 
 def expected(weights: Weights, heads: int, nope: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -159,8 +161,6 @@ def test_mistakes_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pyt
     write_source(tmp_path / "model", "bf16")
     with pytest.raises(RequestError, match="'q6_k' is unknown; known: q4_0, q8_0, bf16, f16, f32"):
         write(tmp_path / "model", tmp_path / "out.gguf", "q6_k")
-    with pytest.raises(RequestError, match="its folder does not exist"):
-        write(tmp_path / "model", tmp_path / "none" / "out.gguf", "f32")
     written = gguf_writer.os.write
 
     def full(descriptor: int, data: memoryview) -> int:
@@ -178,6 +178,67 @@ def test_mistakes_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pyt
     write(tmp_path / "model", tmp_path / "out.gguf", "f32")
     with pytest.raises(RequestError, match="exists already"):
         write(tmp_path / "model", tmp_path / "out.gguf", "f32")
+
+
+def test_parts_hold_together_what_one_file_holds(tmp_path: Path) -> None:
+    """Read by the package part by part; a tensor that is larger than a part has its own."""
+    write_source(tmp_path / "model", "int4")
+    write(tmp_path / "model", tmp_path / "one.gguf", "q4_0")
+    most = 100_000
+    write(tmp_path / "model", tmp_path / "many.gguf", "q4_0", most)
+    one, values = read_by_package(tmp_path / "one.gguf")
+    paths = sorted(tmp_path.glob("many*"))
+    names = [f"many-{number:05d}-of-{len(paths):05d}.gguf" for number in range(1, len(paths) + 1)]
+    assert [path.name for path in paths] == names
+    assert len(paths) > 3
+    found: dict[str, tuple[str, np.ndarray]] = {}
+    for number, path in enumerate(paths):
+        reader, own = read_by_package(path)
+        keys = {key: field.contents() for key, field in reader.fields.items() if key.startswith("split.")}
+        assert keys == {"split.no": number, "split.count": len(paths), "split.tensors.count": len(values)}
+        types = {key: field.types[0].name for key, field in reader.fields.items() if key.startswith("split.")}
+        assert types == {"split.no": "UINT16", "split.count": "UINT16", "split.tensors.count": "INT32"}
+        assert len(own) == 1 or sum(int(tensor.n_bytes) for tensor in reader.tensors) <= most
+        if number == 0:
+            assert one.fields.keys() - {"GGUF.kv_count"} <= reader.fields.keys()
+        assert not found.keys() & own.keys()
+        found |= own
+    assert list(found) == list(values)
+    for name, (kind, value) in values.items():
+        assert found[name][0] == kind
+        assert np.array_equal(found[name][1], value), name
+    ours = read_gguf(paths[0])
+    assert ours.files == tuple(paths)
+    assert ours.tensors.keys() == values.keys()
+
+
+def test_a_full_disk_in_a_late_part_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_source(tmp_path / "model", "int4")
+    append = gguf_split.GgufWriter.append
+
+    def full(writer: GgufWriter, tensor: torch.Tensor) -> None:
+        if "-00003-" in writer.path.name:
+            raise CheckpointError("full")
+        append(writer, tensor)
+
+    monkeypatch.setattr(gguf_split.GgufWriter, "append", full)
+    with pytest.raises(CheckpointError, match="full"):
+        write(tmp_path / "model", tmp_path / "out.gguf", "q4_0", 100_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_run_left_is_removed_unless_it_is_being_written(tmp_path: Path) -> None:
+    kept = [tmp_path / name for name in ("out-2.gguf.partial", "other.gguf.partial", "out.gguf")]
+    left = [tmp_path / name for name in ("out.gguf.partial", "out-00001-of-00004.gguf.partial")]
+    for path in (*kept, *left):
+        path.write_bytes(b"x")
+    assert gguf_split.remove_leftovers(tmp_path / "out.gguf") == [f"{path.name}, 0.0 GB" for path in sorted(left)]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    writer = GgufWriter(tmp_path / "new.gguf", {}, [])
+    with pytest.raises(RequestError, match=r"new.gguf.partial: another k2lite export is writing it"):
+        gguf_split.remove_leftovers(tmp_path / "new.gguf")
+    writer.close()
+    assert not (tmp_path / "new.gguf.partial").exists()
 
 
 def test_no_more_than_a_few_blocks_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
