@@ -18,6 +18,8 @@ LEAST_BYTES_PER_TOKEN = 1.5
 # Nats a token. Experts that are missing or others must cost that much; less or more of the right ones may gain no more,
 # where the gain is clearly more than its error.
 LEAST_LOSS, MOST_GAIN, CLEARLY = 0.3, 0.02, 2.0
+# Scales and sizes of codes that belong together fall together; those that don't have nothing to do with one another.
+MOST_CORRELATION, LEAST_GROUPS = -0.1, 64
 # Fewer tokens say too little of a router.
 LEAST_TOKENS = 64
 # A token uses more of the token before's experts than chance would have it, by this factor.
@@ -48,6 +50,7 @@ def judge(facts: Mapping[str, Any]) -> list[Verdict]:
     return [
         *_config(facts["model"]["config"]),
         *(_text(score, facts["model"]["config"]["vocab_size"]) for score in facts["texts"]),
+        *_scales(facts["scales"]),
         *_routing(facts),
         *_experts(facts["routing_changed"]),
         *_answers(facts["answers"]),
@@ -84,6 +87,23 @@ def _text(score: Mapping[str, Any], vocabulary: int) -> Verdict:
     if bits >= unigram:
         return Verdict(about, "suspicious", f"{found}: counting tokens does as well ({unigram:.3f})")
     return Verdict(about, "ok", f"{found} (counting tokens: {unigram:.3f})")
+
+
+def _scales(scales: Mapping[str, Mapping[str, Any]]) -> Iterator[Verdict]:
+    if not scales:
+        yield Verdict("scales", "not judged", "routed experts have none")
+    for projection, found in scales.items():
+        about, value = f"scales, {projection}", found["correlation"]
+        at = f"layer {found['layer']}, {found['groups']} groups"
+        if found["groups"] < LEAST_GROUPS:
+            yield Verdict(about, "not judged", f"{at} are too few")
+        elif value is None:
+            yield Verdict(about, "suspicious", f"all scales are equal ({at})")
+        elif value > MOST_CORRELATION:
+            said = f"they have nothing to do with their codes (correlation {value:+.2f}, {at})"
+            yield Verdict(about, "suspicious", said)
+        else:
+            yield Verdict(about, "ok", f"they belong to their codes (correlation {value:+.2f} or lower)")
 
 
 def _routing(facts: Mapping[str, Any]) -> Iterator[Verdict]:

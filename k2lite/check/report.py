@@ -29,6 +29,7 @@ from .identity import identity
 from .judging import judge, knows
 from .probes import VARIANTS, probe
 from .reading import CHUNK_TOKENS, Progress, Reading, TextScore, encoded, read_texts, sum_of
+from .scales import scale_agreement
 
 VERSION = 1
 ANSWER_TOKENS = 96
@@ -64,6 +65,7 @@ def check(engine: Engine, tokens: int, progress: Progress) -> dict[str, Any]:
         "backend": engine.placement.backend,
         "plan": asdict(engine.placement),
         "texts": [_described(score) for score in reading.scores],
+        "scales": scale_agreement(engine_cache(engine).store.checkpoint),
         "routing": _routing(engine, reading),
         "answers": [asdict(answer) for answer in answers],
         "hits": {"prefill": _hits(reading.prefill), "decode": _hits(sum_of([item.decode for item in answers]))},

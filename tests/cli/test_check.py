@@ -17,9 +17,11 @@ from k2lite.check import report
 from k2lite.check.answers import judge_call, judge_number
 from k2lite.check.judging import judge
 from k2lite.check.reading import TEXTS, text
+from k2lite.check.scales import scale_agreement
 from k2lite.cli import main
-from k2lite.demo_checkpoint import write_random_demo
+from k2lite.demo_checkpoint import DEMO_CONFIG, write_random_demo, write_random_model
 from k2lite.demo_folder import DEMO_FOLDER
+from k2lite.loading import open_model
 from k2lite.speed_model import Bandwidths
 
 Capture = pytest.CaptureFixture[str]
@@ -68,14 +70,18 @@ def broken(tmp_path: Path, change: Callable[[dict[str, Any]], None] = lambda _: 
     """The demo model with its tensors changed, and its config."""
     folder = tmp_path / "broken"
     shutil.copytree(DEMO_FOLDER, folder)
+    change_files(folder, change)
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | config))
+    return folder
+
+
+def change_files(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     stored = {file: load_file(file) for file in folder.glob("*.safetensors")}
     tensors = {name: tensor for part in stored.values() for name, tensor in part.items()}
     change(tensors)
     for file, part in stored.items():
         save_file({name: tensors[name].clone() for name in part}, file, metadata={"format": "pt"})
-    facts = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(facts | config))
-    return folder
 
 
 def experts_moved_on(tensors: dict[str, Any]) -> None:
@@ -103,6 +109,42 @@ def test_a_model_broken_on_purpose_is_suspicious(
     assert any(said in line for line in suspicious(facts)), facts["verdicts"]
     assert code == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("suspicious: ")
+
+
+def scales_swapped(tensors: dict[str, Any]) -> None:
+    """gate_proj has the scales of up_proj and the other way round, as a wrong mapping of names makes it. The loss of
+    this model hardly shows it: its scales are all alike."""
+    before = dict(tensors)
+    for name in before:
+        if ".mlp.experts." in name and "gate_proj.weight_scale" in name:
+            other = name.replace("gate_proj", "up_proj")
+            tensors[name], tensors[other] = before[other], before[name]
+
+
+def scales_of_the_next_expert(tensors: dict[str, Any]) -> None:
+    before = dict(tensors)
+    for name in before:
+        parts = name.split(".")
+        if "experts" in parts and parts[-1].startswith("weight_scale"):
+            parts[5] = str((int(parts[5]) + 1) % 64)
+            tensors[name] = before[".".join(parts)]
+
+
+@pytest.mark.parametrize("change", [None, scales_swapped, scales_of_the_next_expert])
+@pytest.mark.parametrize("experts", ["fp8", "int4_g32"])
+def test_scales_that_belong_elsewhere_are_suspicious(
+    tmp_path: Path, experts: str, change: Callable[[dict[str, Any]], None] | None
+) -> None:
+    folder = broken(tmp_path, change or (lambda _: None)) if experts == "fp8" else None
+    if folder is None:
+        folder = tmp_path / "int4"
+        config = DEMO_CONFIG | {"n_routed_experts": 64, "num_hidden_layers": 3}
+        write_random_model(folder, config, experts=experts, trunk="bf16", seed=0)
+        if change is not None:
+            change_files(folder, change)
+    scales = scale_agreement(open_model(folder)[1])
+    outcomes = {verdict.outcome for verdict in judge(with_value(scales, "scales")) if "scales" in verdict.about}
+    assert ("suspicious" in outcomes) == (change is not None), scales
 
 
 def test_random_weights_are_suspicious(tmp_path: Path, capsys: Capture) -> None:
@@ -139,6 +181,7 @@ GOOD: dict[str, Any] = {
         {"name": "english", "bytes_per_token": 4.5, "perplexity": 9.0, "bits_per_byte": 0.7,
          "unigram_bits_per_byte": 3.0}
     ],
+    "scales": {"gate_proj": {"correlation": -0.7, "layer": 1, "groups": 512}},
     "routing": {
         "tokens": 500,
         "layers": [
@@ -182,6 +225,8 @@ def test_a_good_report_is_ok_throughout() -> None:
         (with_value(None, "texts", 0, "perplexity"), "the perplexity is not finite"),
         (with_value(2e5, "texts", 0, "perplexity"), "worse than any token of 163840 being as likely"),
         (with_value(3.1, "texts", 0, "bits_per_byte"), "counting tokens does as well"),
+        (with_value(-0.05, "scales", "gate_proj", "correlation"), "they have nothing to do with their codes"),
+        (with_value(None, "scales", "gate_proj", "correlation"), "all scales are equal"),
         (with_value(9, "routing", "layers", 0, "distinct"), "layer 1 is dead: it uses 9 of 384 experts"),
         (with_value(0.02, "routing", "layers", 0, "reuse"), "layer 1 chooses as if by chance"),
         (with_value(1.0, "routing", "layers", 0, "least_weight_sum"), "weights sum to 1.000 to 2.828"),
@@ -208,6 +253,8 @@ def test_each_band_is_seen_alone(facts: dict[str, Any], said: str) -> None:
     [
         (with_value(512, "model", "config", "hidden_size"), "no published model has these sizes"),
         (with_value(1.0, "texts", 0, "bytes_per_token"), "its tokenizer has no tokens for it"),
+        (with_value({}, "scales"), "routed experts have none"),
+        (with_value(20, "scales", "gate_proj", "groups"), "20 groups are too few"),
         (with_value(10, "routing", "tokens"), "10 tokens are too few"),
         (with_value([], "routing", "layers"), "no routed experts"),
         (with_value({}, "routing_changed"), "there are none"),
