@@ -178,8 +178,12 @@ def load_engine(
     speed = ""
     if forecast:
         from k2lite.prediction import expected
+        from k2lite.quant.errors import CheckpointError
 
-        speed = expected(engine)
+        try:
+            speed = expected(engine)
+        except CheckpointError as error:  # of an expert that may never be asked for
+            speed = f"; no speed is foretold: {error}"
     print(f"k2lite: {engine.placement}{speed}", file=sys.stderr)
     return engine
 
