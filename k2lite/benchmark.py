@@ -52,22 +52,24 @@ def bench(engine: Engine, prompt: Sequence[int], decode_tokens: int) -> tuple[Ph
     if decode_tokens < 1 or not prompt:
         raise RequestError("a benchmark takes one prompt token and one new token or more")
     with engine.open(len(prompt) + decode_tokens) as sequence:
-        before = _snapshot(engine)
+        before = snapshot(engine)
         logits = engine.prefill(sequence, prompt)
-        prefill = _phase(engine, before, len(prompt))
-        before = _snapshot(engine)
+        prefill = phase(engine, before, len(prompt))
+        before = snapshot(engine)
         for _ in range(decode_tokens):
             (rows,) = engine.step([Chunk(sequence, [int(logits.argmax())])])
             logits = rows[0]
-        return prefill, _phase(engine, before, decode_tokens)
+        return prefill, phase(engine, before, decode_tokens)
 
 
-def _snapshot(engine: Engine) -> tuple[float, dict[str, Any]]:
+def snapshot(engine: Engine) -> tuple[float, dict[str, Any]]:
+    """The clock and the counters, for `phase`."""
     return time.perf_counter(), asdict(engine.experts.counters)
 
 
-def _phase(engine: Engine, before: tuple[float, dict[str, Any]], tokens: int) -> Phase:
-    now, counters = _snapshot(engine)
+def phase(engine: Engine, before: tuple[float, dict[str, Any]], tokens: int) -> Phase:
+    """What was done since `before`, in which `tokens` went through."""
+    now, counters = snapshot(engine)
     began, old = before
     names = ("requested_experts", "hit_experts", "read_bytes", "read_s", "wait_s")
     return Phase(tokens, now - began, **{name: counters[name] - old[name] for name in names})

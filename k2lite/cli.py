@@ -21,6 +21,7 @@ from .verbs import (
     backends,
     bench,
     chat,
+    check,
     demo,
     eval,
     export,
@@ -35,7 +36,24 @@ from .verbs import (
     verify,
 )
 
-VERBS = (info, plan, run, chat, serve, quantize, verify, export, eval, bench, trace, replay, stats, backends, demo)
+VERBS = (
+    info,
+    plan,
+    run,
+    chat,
+    serve,
+    quantize,
+    verify,
+    check,
+    export,
+    eval,
+    bench,
+    trace,
+    replay,
+    stats,
+    backends,
+    demo,
+)
 USER_ERROR = 2
 INTERRUPTED = 130
 

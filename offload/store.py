@@ -76,7 +76,7 @@ class ExpertStore:
         self.checkpoint = checkpoint
         self.files = DirectFiles(say) if files is None else files
         self._say = say
-        self._mirror = mirror
+        self.mirror = mirror
         if mirror is not None:
             check_mirror(checkpoint, mirror)
         self._pool = ReadPool(threads)
@@ -157,10 +157,10 @@ class ExpertStore:
         try:
             return checked_views(layout, arena, slot)
         except CheckpointError as error:
-            if self._mirror is None:
+            if self.mirror is None:
                 raise
             # its pieces came from both copies, and one of them is wrong
-            for folder in (layout.extents[0].file.parent, self._mirror):
+            for folder in (layout.extents[0].file.parent, self.mirror):
                 try:
                     for piece in read_pieces(layout.extents):
                         view = arena.memory(slot)[piece.at : piece.at + piece.nbytes]
@@ -191,7 +191,7 @@ class ExpertStore:
 
     def _next_copy(self, piece: Piece, tried: Sequence[Path]) -> Path | None:
         """The copy with the least to do that has not failed before; a failed one only if there is no other."""
-        copies = [piece.file] if self._mirror is None else [piece.file, self._mirror / piece.file.name]
+        copies = [piece.file] if self.mirror is None else [piece.file, self.mirror / piece.file.name]
         left = [file for file in copies if file not in tried]
         if not left:
             return None
@@ -201,7 +201,7 @@ class ExpertStore:
         return best
 
     def _note_failure(self, file: Path, error: Exception) -> None:
-        if self._mirror is None:
+        if self.mirror is None:
             return
         with self._lock:
             known = file.parent in self._failed

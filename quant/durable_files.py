@@ -35,6 +35,16 @@ def replace_file(path: Path, parts: Iterable[bytes]) -> None:
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from error
 
 
+def demand_room(path: Path, nbytes: int) -> None:
+    """Say before hours of work that a file of so many bytes will not fit. Raises RequestError."""
+    try:
+        free = shutil.disk_usage(path.absolute().parent).free
+    except OSError as error:
+        raise RequestError(f"{path}: can't be written: {error.strerror or error}") from error
+    if free < nbytes:
+        raise RequestError(f"{path}: will have {nbytes} bytes and its disk has {free} free; name a file elsewhere")
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """A small file. Raises CheckpointError where it can't be written."""
     partial = path.with_name(path.name + PARTIAL)

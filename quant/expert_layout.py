@@ -73,7 +73,9 @@ def expert_weights(layout: ExpertLayout, buffers: Sequence[torch.Tensor]) -> Exp
             for (owner, suffix), view in layout.parts.items()
             if owner == projection
         }
-        check_weight_shape(parts, layout.shapes[projection], f"{_name(layout.key)}, {projection}")
+        if (shape := layout.parts.get((projection, "weight_shape"))) is not None:
+            where = f"{layout.extents[shape.extent].file}: {_name(layout.key)}, {projection}"
+            check_weight_shape(parts, layout.shapes[projection], where)
         return QuantTensor(layout.formats[projection], layout.shapes[projection], parts)
 
     return ExpertWeights(*map(tensor, PROJECTIONS))

@@ -42,10 +42,10 @@ MODEL_GROWTH = 30.0
 
 
 def cases() -> Iterator[Case]:
-    yield Case("model", "the same twice, cold and warm", _same_twice, _has_formats)
+    yield Case("model", "the same twice, cold and warm", _same_twice, has_formats)
     yield Case("model", "in chunks and beside others", _in_chunks, _is_invariant)
-    yield Case("model", "logits", _logits, _has_formats)
-    yield Case("model", "tokens", _tokens, _has_formats)
+    yield Case("model", "logits", _logits, has_formats)
+    yield Case("model", "tokens", _tokens, has_formats)
 
 
 def chosen_formats(can: Capabilities) -> tuple[str, str] | None:
@@ -55,17 +55,17 @@ def chosen_formats(can: Capabilities) -> tuple[str, str] | None:
     return (experts[0], trunk[0]) if experts and trunk and {"bf16", "f32"} <= can.formats else None
 
 
-def _has_formats(can: Capabilities) -> bool:
+def has_formats(can: Capabilities) -> bool:
     most = can.max_experts
     return chosen_formats(can) is not None and (most is None or most >= SIZES["n_routed_experts"])
 
 
 def _is_invariant(can: Capabilities) -> bool:
-    return _has_formats(can) and can.numerics.batch_invariant
+    return has_formats(can) and can.numerics.batch_invariant
 
 
 @contextmanager
-def _folder(backend: Backend) -> Iterator[Path]:
+def random_folder(backend: Backend) -> Iterator[Path]:
     formats = chosen_formats(backend.capabilities())
     if formats is None:
         raise ValueError("the table has no formats for a model")
@@ -80,7 +80,7 @@ def _engine(folder: Path, backend: Backend) -> Engine:
 
 
 def _same_twice(backend: Backend) -> None:
-    with _folder(backend) as folder:
+    with random_folder(backend) as folder:
         engine = _engine(folder, backend)
         cold, warm = engine.logits(PROMPT), engine.logits(PROMPT)
         demand(bool(cold.isfinite().all()), "logits that are not finite")
@@ -89,7 +89,7 @@ def _same_twice(backend: Backend) -> None:
 
 
 def _in_chunks(backend: Backend) -> None:
-    with _folder(backend) as folder:
+    with random_folder(backend) as folder:
         engine = _engine(folder, backend)
         whole = engine.logits(PROMPT)
         for size in (1, 5):
@@ -106,7 +106,7 @@ def _in_chunks(backend: Backend) -> None:
 
 def _logits(backend: Backend) -> Measured:
     """The median over the prompt's tokens: where two experts are all but equal, rounding may choose the other one."""
-    with _folder(backend) as folder:
+    with random_folder(backend) as folder:
         found = _engine(folder, backend).logits(PROMPT).cpu()
         expected = oracle.exact(_engine(folder, Float64Backend()).logits(PROMPT))
     errors = [
@@ -119,7 +119,7 @@ def _logits(backend: Backend) -> Measured:
 
 def _tokens(backend: Backend) -> Measured:
     """Greedy tokens. At the first that differs, how much less than its best token float64 liked the one that came."""
-    with _folder(backend) as folder:
+    with random_folder(backend) as folder:
         found = list(map(int, _engine(folder, backend).generate(PROMPT, max_tokens=NEW_TOKENS, temperature=0)))
         judge = _engine(folder, Float64Backend())
         expected = list(map(int, judge.generate(PROMPT, max_tokens=NEW_TOKENS, temperature=0)))

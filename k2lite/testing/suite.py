@@ -12,7 +12,7 @@ import torch
 from k2lite.backends.base import Backend
 from k2lite.backends.spec import Device
 
-from . import attention_cases, matrix_cases, memory_cases, model_cases, row_cases
+from . import attention_cases, cache_cases, matrix_cases, memory_cases, model_cases, row_cases
 from .case import Case
 from .report import Report, make_report
 
@@ -23,7 +23,7 @@ def conformance_cases() -> list[Case]:
 
 
 def _cases() -> Iterator[Case]:
-    for part in (memory_cases, row_cases, matrix_cases, attention_cases, model_cases):
+    for part in (memory_cases, row_cases, matrix_cases, attention_cases, cache_cases, model_cases):
         yield from part.cases()
 
 

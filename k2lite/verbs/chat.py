@@ -45,7 +45,7 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.session import Session
 
     check_sampling_arguments(args)
-    engine = load_engine(args)
+    engine = load_engine(args, forecast=True)
     params = sampling_params(args, engine)
     session = Session(engine)
     start = [] if args.system is None else [{"role": "system", "content": args.system}]

@@ -158,8 +158,11 @@ def check_sampling_arguments(args: argparse.Namespace) -> None:
         raise RequestError("an empty --stop has no effect; name a text or leave it out")
 
 
-def load_engine(args: argparse.Namespace, recorder: Recorder | None = None, *, sequences: int = 1) -> Engine:
-    """Load the model that the arguments name and print the plan, one line, on stderr."""
+def load_engine(
+    args: argparse.Namespace, recorder: Recorder | None = None, *, sequences: int = 1, forecast: bool = False
+) -> Engine:
+    """Load the model that the arguments name and print the plan, one line, on stderr; with `forecast` the speed that
+    it allows is measured and part of the line."""
     from k2lite.demo_folder import DEMO_FOLDER
     from k2lite.loading import load
 
@@ -180,7 +183,16 @@ def load_engine(args: argparse.Namespace, recorder: Recorder | None = None, *, s
         recorder=recorder,
         sequences=sequences,
     )
-    print(f"k2lite: {engine.placement}", file=sys.stderr)
+    speed = ""
+    if forecast:
+        from k2lite.prediction import expected
+        from k2lite.quant.errors import CheckpointError
+
+        try:
+            speed = expected(engine)
+        except CheckpointError as error:  # of an expert that may never be asked for
+            speed = f"; no speed is foretold: {error}"
+    print(f"k2lite: {engine.placement}{speed}", file=sys.stderr)
     return engine
 
 

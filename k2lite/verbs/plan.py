@@ -1,7 +1,8 @@
 """Say before anything loads what a model will take and how fast it can be.
 
-MODEL is a folder, or a config.json before its weights are downloaded. Bandwidths are measured, or come from --machine
-FILE, a JSON object: name, ram, ram_gb_per_s, drive_gb_per_s, tflops, and if there are any reserve, vram, vram_gb_per_s,
+MODEL is a folder, or a config.json before its weights are downloaded. Bandwidths are measured: the drive's on the
+folder's own files, or on a file that is written for it and removed again. Or they come from --machine FILE, a JSON
+object: name, ram, ram_gb_per_s, drive_gb_per_s, tflops, and if there are any reserve, vram, vram_gb_per_s,
 bus_gb_per_s, layer_ms.
 """
 
@@ -34,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="TOKENS", help="as for run")
     add_trunk_argument(parser)
     parser.add_argument("--machine", type=Path, metavar="FILE", help="plan for the machine that this file describes")
+    parser.add_argument(
+        "--drive", type=Path, metavar="DIR",
+        help="where the weights of a config.json will lie: that drive is measured (default: beside the config.json)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -43,6 +48,7 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.placement import arithmetic_name
     from k2lite.planning import as_text, plan_report
 
+    _check(args)
     backend = open_backend(args.backend)
     config, model, checkpoint = _model(args.model, args.trunk, backend)
     machine = _machine(args, backend, checkpoint)
@@ -92,28 +98,45 @@ def _model(path: Path, trunk: str, backend: Backend) -> tuple[ModelConfig, Model
     return config, ModelBytes(weights, sizes.embeddings, trunk if sizes.converted else None), None
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options without effect. Raises RequestError."""
+    if args.drive is not None and (args.machine is not None or args.model.is_dir()):
+        other = "--machine" if args.machine is not None else f"the folder {args.model}"
+        raise RequestError(f"--drive has no effect: {other} says already which drive it is")
+
+
 def _machine(args: argparse.Namespace, backend: Backend, checkpoint: Checkpoint | None) -> Machine:
     from dataclasses import replace
 
     from k2lite.byte_sizes import parse_bytes
     from k2lite.machine import read_machine, this_machine
-    from k2lite.offload.drive_rate import store_rate
-    from k2lite.offload.store import ExpertStore
     from k2lite.placement import spare_bytes
 
     ram = None if args.ram is None else parse_bytes(args.ram)
     if args.machine is not None:
         machine = read_machine(args.machine)
         return machine if ram is None else replace(machine, memory_bytes=ram)
+    rate = _drive_rate(args, checkpoint)
+    return this_machine(spare_bytes(backend.memory()) if ram is None else ram, rate)
+
+
+def _drive_rate(args: argparse.Namespace, checkpoint: Checkpoint | None) -> float:
+    """Bytes a second, measured on the model's own files, or on a file written where they will lie."""
+    from k2lite.offload import drive_rate
+    from k2lite.offload.store import ExpertStore
+    from k2lite.placement import gib
+
     if checkpoint is None:
-        raise RequestError(
-            "a config.json has no weights to measure the drive with; describe the machine in a file and name it with "
-            "--machine (k2lite plan --help says what it holds)"
-        )
+        folder = args.model.absolute().parent if args.drive is None else args.drive
+        size = drive_rate.TRIAL_BYTES
+        print(f"k2lite plan: measuring memory, and the drive with {gib(size)} in {folder}", file=sys.stderr)
+        try:
+            return drive_rate.folder_rate(folder, size=size)
+        except RequestError as error:
+            raise RequestError(f"{error}; name a folder with --drive, or a machine with --machine") from error
     store = ExpertStore(checkpoint)
     try:
         print("k2lite plan: measuring memory and drive", file=sys.stderr)
-        rate = store_rate(store)
+        return drive_rate.store_rate(store)
     finally:
         store.close()
-    return this_machine(spare_bytes(backend.memory()) if ram is None else ram, rate)

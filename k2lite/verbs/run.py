@@ -41,7 +41,7 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.session import Session
 
     check_sampling_arguments(args)
-    engine = load_engine(args)
+    engine = load_engine(args, forecast=True)
     tokenizer = engine.tokenizer
     if args.raw:
         prompt_ids = tokenizer.encode(args.prompt, allow_special=True)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from k2lite.moment_recorder import MomentRecorder
     from k2lite.offload.routing_trace import RoutingTrace
 
+BYTES_A_CHOICE = 4  # its id and its weight
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
@@ -55,7 +57,7 @@ def execute(args: argparse.Namespace) -> int:
     text = read_text(args.text)
     args.context = _window(args)
     moments = None if args.moments is None else MomentRecorder()
-    trace = record(args, load_engine(args, moments), text, head=moments is not None)
+    trace = record(args, load_engine(args, moments), text, head=moments is not None, out=args.out)
     if args.out is not None:
         trace.write(args.out)
         print(f"k2lite trace: wrote {args.out}: {_described(trace, args.out)}", file=sys.stderr)
@@ -99,12 +101,16 @@ def check_text_arguments(args: argparse.Namespace) -> None:
         raise RequestError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
 
 
-def record(args: argparse.Namespace, engine: Engine, text: str, *, head: bool = False) -> RoutingTrace:
-    """Have the engine read the text, with `head` to the logits, with a progress line."""
+def record(
+    args: argparse.Namespace, engine: Engine, text: str, *, head: bool = False, out: Path | None = None
+) -> RoutingTrace:
+    """Have the engine read the text, with `head` to the logits, with a progress line. Raises RequestError before it
+    reads where the disk of `out` has no room for what comes of it."""
     from k2lite.demo_folder import DEMO_FOLDER
     from k2lite.loading import open_model
     from k2lite.offload.routing_trace import TracedModel
     from k2lite.progress import ProgressLine
+    from k2lite.quant.durable_files import demand_room
     from k2lite.routing_recording import record_routing
 
     folder = args.model or DEMO_FOLDER
@@ -113,6 +119,8 @@ def record(args: argparse.Namespace, engine: Engine, text: str, *, head: bool = 
         folder.resolve().name, config.model_type, config.moe_layers, config.n_routed_experts, checkpoint.expert_bytes
     )
     ids = engine.tokenizer.encode(text, allow_special=True)[: args.max_tokens]
+    if out is not None:
+        demand_room(out, BYTES_A_CHOICE * len(ids) * len(config.moe_layers) * config.num_experts_per_tok)
     line = ProgressLine(len(ids))
     try:
         report = lambda done: line.update(done, f"token {done} of {len(ids)}")  # noqa: E731

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def test_run_streams_the_engine_s_own_tokens(k2: Run, demo: Path) -> None:
     assert report["counters"]["prefill_tokens"] == len(prompt.ids)
     assert report["plan"]["backend"] == "cpu"
     assert "backend cpu" in result.stderr
+    assert re.search(r"memory and drive allow [\d.e+]+ tok/s", result.stderr)
 
     plain = k2("run", demo, "-p", "Hi", "--max-tokens", 12, "--temperature", 0)
     assert plain.stdout == report["text"] + "\n"

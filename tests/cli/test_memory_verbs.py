@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import k2lite
 from k2lite.cli import main
+from k2lite.offload import drive_rate
 from k2lite.offload.policies import DEFAULT_POLICY, POLICIES
+from k2lite.prediction import expected
 from k2lite.quant.checksums import MANIFEST_NAME, read_checksums
 from k2lite.verbs.model_options import POLICIES as POLICY_NAMES
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
@@ -96,6 +100,36 @@ def test_plan_of_a_folder_and_of_a_config_alone(tiny: Path, tmp_path: Path, caps
     shown = capsys.readouterr()
     assert "limit" in shown.out
     assert "measuring" in shown.err
+
+
+def test_a_config_alone_is_planned_for_this_machine_and_its_drive(
+    tiny: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drive_rate, "TRIAL_BYTES", 8 << 20)
+    config = tmp_path / "config.json"
+    shutil.copy(tiny / "config.json", config)
+    assert main(["plan", str(config), "--context", "64", "--ram", "2GiB", "--json"]) == 0
+    shown = capsys.readouterr()
+    machine = json.loads(shown.out)["machine"]
+    assert machine["memory_bytes"] == 2 << 30
+    assert min(machine["memory"], machine["drive"], machine["flops"]) > 1e6
+    assert f"the drive with 8.0 MiB in {tmp_path}" in shown.err
+    assert list(tmp_path.iterdir()) == [config]
+    said = fails(capsys, "plan", config, "--drive", tmp_path / "none")
+    assert "none: its drive can't be measured: No such file or directory; name a folder with --drive" in said
+    assert "--drive has no effect: the folder" in fails(capsys, "plan", tiny, "--drive", tmp_path)
+    assert "--drive has no effect: --machine" in fails(
+        capsys, "plan", config, "--drive", tmp_path, "--machine", tmp_path / "m"
+    )
+
+
+def test_the_line_that_run_prints_has_the_speed_to_expect(tiny: Path) -> None:
+    """All experts in memory, and some: the numbers are those of `plan`, so only their order is judged."""
+    for options in ([], ["--resident-experts", "6"]):
+        engine = k2lite.load(tiny, context=64, resident_experts=int(options[1]) if options else None)
+        middle, low, high = map(float, re.findall(r"[\d.e+]+", expected(engine).partition("allow")[2]))
+        assert 0 < low <= middle <= high
+        engine.close()
 
 
 def test_plan_for_an_accelerator_of_another_machine(shared: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -65,6 +68,17 @@ def test_trace_records_the_demo_model_and_stats_reads_it(
     counts = np.array(recorded["counts"])
     assert counts.sum() == trace.ids.size
     assert decode_png(picture.read_bytes()).shape == (4 * counts.shape[0], 4 * counts.shape[1], 3)
+
+
+def test_a_disk_without_room_for_the_trace_is_said_before_the_text_is_read(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("Some text.")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=400))
+    assert main(["trace", str(demo), "--out", str(tmp_path / "t"), "--text", str(tmp_path / "text")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"t: will have (\d+) bytes and its disk has 400 free", said)
+    assert not (tmp_path / "t").exists()
 
 
 def test_stats_of_a_trace(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,12 +21,14 @@ SAID: list[str] = []
 
 
 class FaultyFiles(DirectFiles):
-    """`fault(path, offset)` runs before a read and may raise or sleep; `most` is what a read brings at most."""
+    """`fault(path, offset)` runs before a read and may raise or sleep; `spoil(path, view, count)` runs after it, may
+    change the bytes and says how many came; `most` is what a read brings at most."""
 
     def __init__(self, fault: Callable[[Path, int], None] | None = None, most: int | None = None) -> None:
         super().__init__(SAID.append)
         self.fault = fault
         self.most = most
+        self.spoil: Callable[[Path, memoryview, int], int] | None = None
         self.reads: list[tuple[Path, int]] = []
 
     def read(self, path: Path, offset: int, view: memoryview) -> int:
@@ -36,6 +38,8 @@ class FaultyFiles(DirectFiles):
         if offset % PAGE_BYTES or len(view) % PAGE_BYTES:
             raise OSError(errno.EINVAL, "a direct read must be whole pages")  # as the strictest drives say
         count = super().read(path, offset, view)
+        if self.spoil is not None:
+            count = self.spoil(path, view, count)
         return count if self.most is None else min(count, self.most)
 
 

@@ -21,7 +21,7 @@ from k2lite.offload.store import READ_BYTES, read_pieces
 from k2lite.quant.checksums import MANIFEST_NAME, read_checksums
 from k2lite.quant.types import ExpertKey, Extent
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
-from tests.offload.caches import SAID, FaultyFiles, io_error, open_cache, random_delays
+from tests.offload.caches import SAID, FaultyFiles, Gate, io_error, open_cache, random_delays
 from tests.offload.test_lease import Stored, demand_right, settled, take_all
 
 
@@ -178,6 +178,36 @@ def test_a_mirror_shares_the_reads_and_replaces_a_drive_that_fails(
         cache.lease(1, [0]) as lease,
     ):
         take_all(lease)
+
+
+def test_a_copy_that_hardly_answers_leaves_the_work_to_the_other(
+    tiny_folder: Path, stored: Stored, tmp_path: Path
+) -> None:
+    """However slow a drive is: what it has begun is all that waits for it. Here it answers nothing until the other
+    copy has brought everything else."""
+    mirror = tmp_path / "copy"
+    shutil.copytree(tiny_folder, mirror)
+    gate, lock, threads = Gate(), threading.Lock(), 4
+    begun = {tiny_folder: 0, mirror: 0}
+
+    def slow(path: Path, offset: int) -> None:
+        with lock:
+            begun[path.parent] += 1
+            if sum(begun.values()) == pieces:
+                gate.opened.set()
+        if path.parent == tiny_folder:
+            gate(path, offset)
+
+    files = FaultyFiles(slow)
+    cache = open_cache(tiny_folder, 8, ring=1, mirror=mirror, files=files, threads=threads)
+    pieces = sum(len(read_pieces(cache.store.checkpoint.expert(ExpertKey(1, n)).extents)) for n in range(8))
+    with cache.lease(1, list(range(8))) as lease:
+        for group in lease.ready():
+            demand_right(1, group, stored)
+    settled(cache)
+    assert sum(begun.values()) == pieces
+    assert 0 < begun[tiny_folder] < threads  # the other copy is never left without a reader
+    cache.close()
 
 
 def test_a_mirror_that_is_no_copy_is_refused(tiny_folder: Path, tmp_path: Path) -> None:

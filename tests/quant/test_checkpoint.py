@@ -320,7 +320,8 @@ class TestWeightShape:
         assert checkpoint.problems == ()
         layout = checkpoint.expert(ExpertKey(1, 2))
         with pytest.raises(
-            CheckpointError, match=r"expert 2, up_proj: weight_shape holds \[160, 96\], expected \[96, 160\]"
+            CheckpointError,
+            match=r"\.safetensors: layer \d, expert 2, up_proj: weight_shape holds \[160, 96\], expected \[96, 160\]",
         ):
             expert_weights(layout, read_extents(layout))
 
