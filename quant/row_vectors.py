@@ -80,8 +80,7 @@ def _encode(v: Vectors, bits: int) -> None:
     shift, columns = v.integer(3), v.length(0)
     low, high = v.splat(v.arguments[4]), v.splat(v.arguments[5])
     packed_at, sum_at = v.pointer(6, BYTE), v.pointer(7, DOUBLE)
-    rounder = v.constant(FLOAT, ROUNDER)
-    stored_rounder = v.constant(FLOAT, ROUNDER + (1 << (bits - 1)))
+    rounder = v.constant(FLOAT, ROUNDER + (1 << (bits - 1)))
     zero = v.constant(FLOAT, 0.0)
     totals = [v.register(v.constant(DOUBLE, 0.0)) for _ in range(3)]
     with v.loop(v.word(0), columns, SPAN) as begin:
@@ -92,14 +91,18 @@ def _encode(v: Vectors, bits: int) -> None:
         end = b.select(b.icmp_signed("<", end, columns), end, columns)
         with v.loop(begin, end, WIDTH) as column:
             group = b.lshr(column, shift)
-            value, scale, inverse = v.load(value_at, column, _FLOATS), v.element(scale_at, group), v.element(inverse_at, group)
+            value, scale, inverse = (
+                v.load(value_at, column, _FLOATS),
+                v.element(scale_at, group),
+                v.element(inverse_at, group),
+            )
             # value / scale: one correction makes the product with the inverse the nearest float, since the scale has 8
             # bits and so the quotient never lies half way between two floats
             guess = b.fmul(value, inverse)
             step = v.fma(v.fma(b.fneg(guess), scale, value), inverse, guess)
-            rounded = b.fadd(v.between(step, low, high), stored_rounder)
+            rounded = b.fadd(v.between(step, low, high), rounder)
             _store_codes(v, b.bitcast(rounded, _INTS), bits, packed_at, column)
-            code = b.fsub(rounded, stored_rounder)
+            code = b.fsub(rounded, rounder)
             made = b.fmul(code, scale)  # exact, as is the difference
             for square, number in zip(squares, (value, made, b.fsub(value, made)), strict=True):
                 b.store(v.fma(number, number, b.load(square)), square)

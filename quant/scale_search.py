@@ -69,7 +69,7 @@ def search_rows(rows, scales, max_code, factors, importance, tile, weights):  # 
         for step in range(2 + 2 * REFINEMENTS):
             finding_errors = step % 2 == 1
             count_trials = len(trials) if step == 1 else 1
-            _clear(errors)
+            _clear(errors[:count_trials])
             _clear(sums)
             for begin in range(0, size, SPAN):
                 places = min(SPAN, size - begin)
@@ -134,9 +134,11 @@ def _signed_trials(scales, ends, factors, trials):  # type: ignore[no-untyped-de
     """The scales as they are, then times each factor, negative where a group reaches further up than down."""
     for lane in range(LANES):
         trials[0, lane] = scales[lane]
-        start = -scales[lane] if ends[0, lane] > -ends[1, lane] else scales[lane]
-        for trial in range(len(factors)):
-            trials[1 + trial, lane] = bf16(start * factors[trial])
+    for trial in range(len(factors)):
+        factor = factors[trial]
+        for lane in range(LANES):
+            scale = -scales[lane] if ends[0, lane] > -ends[1, lane] else scales[lane]
+            trials[1 + trial, lane] = bf16(scale * factor)
 
 
 @inner

@@ -162,7 +162,7 @@ def test_kv_b_proj_is_joined_in_blocks_of_whole_heads(tmp_path: Path, monkeypatc
     from k2lite.quant import conversion
 
     values = foreign(tmp_path / "source", tmp_path / "m.gguf", types=("Q8_0", "F16"))
-    monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr(conversion, "READ_BYTES", 1)
     assert_same(read_back(tmp_path / "m.gguf", tmp_path / "back"), values)
 
 
