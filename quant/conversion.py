@@ -27,9 +27,8 @@ from .quantization_plan import WEIGHT_SHAPE, Matrix
 from .safetensors_file import TensorRecord
 from .types import QuantTensor
 
-# What is read at once. A block, what a thread works on at once, is a part of it.
+# Of a block: what is read at once, and worked on by one thread. Smaller ones have the threads wait for each other.
 READ_BYTES = 16 << 20
-BLOCK_WEIGHTS = 2 << 20
 # Weights that stay in a processor's cache, as float32, from one loop over them to the next.
 SPAN_WEIGHTS = 1 << 18
 
@@ -70,6 +69,13 @@ class Block:
     method: Method
     quantize: Quantize
 
+    def in_one_pass(self) -> tuple[dict[str, torch.Tensor], Sums] | None:
+        """What `one_pass` makes of the rows; None where it does not know the way."""
+        if self.method.hessians is not None:
+            return None
+        importance = self.method.importance_of(self.matrix)
+        return in_one_pass(self.rows, self.matrix.target, self.method.scale_search, importance)
+
 
 @dataclass(frozen=True)
 class ConvertedBlock:
@@ -83,11 +89,8 @@ class ConvertedBlock:
 def read_blocks(matrix: Matrix, method: Method) -> Iterator[Block]:
     """The source rows of a matrix, block after block."""
     quantize, source = method.quantizer(matrix), matrix.source
-    columns = math.prod(source.shape[1:])
     for start, stop in row_spans(source, READ_BYTES * source.shape[0] // source.nbytes):
-        read = read_rows(source, start, stop)
-        for first, last in row_spans(source, BLOCK_WEIGHTS // columns, stop - start):
-            yield Block(matrix, _rows_of(read, first, last), method, quantize)
+        yield Block(matrix, read_rows(source, start, stop), method, quantize)
 
 
 def read_first_rows(matrix: Matrix, method: Method) -> Block:
@@ -104,7 +107,7 @@ def convert_block(block: Block) -> ConvertedBlock:
     parts: dict[str, list[torch.Tensor]] = {}
     sums = np.zeros(3)
     try:
-        if block.method.is_amax and (whole := in_one_pass(rows, matrix.target)) is not None:
+        if (whole := block.in_one_pass()) is not None:
             return ConvertedBlock(rows.shape[0], {suffix: [part] for suffix, part in whole[0].items()}, whole[1])
         recoded = rows.format.recode(rows, matrix.target)
         spans = decoded_spans(rows, step) if recoded is None else [decoded(rows)]
@@ -149,9 +152,9 @@ def converted_tensor(matrix: Matrix, method: Method | None = None) -> QuantTenso
     return QuantTensor(matrix.target, matrix.source.shape, whole)
 
 
-def row_spans(source: StoredModule, most: int, rows: int | None = None) -> list[tuple[int, int]]:
-    """Spans of about `most` of a weight's rows, or of `rows` of them, that can be read and converted by themselves."""
-    rows = source.shape[0] if rows is None else rows
+def row_spans(source: StoredModule, most: int) -> list[tuple[int, int]]:
+    """Spans of about `most` of a weight's rows, that can be read and converted by themselves."""
+    rows = source.shape[0]
     multiple = math.lcm(BLOCK, source.format.row_multiple if source.format else 1)
     step = max(1, most // multiple) * multiple
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -177,14 +180,6 @@ def read_rows(source: StoredModule, start: int, stop: int) -> QuantTensor:
         if suffix != WEIGHT_SHAPE
     }
     return QuantTensor(source.format, (stop - start, *source.shape[1:]), parts)
-
-
-def _rows_of(tensor: QuantTensor, start: int, stop: int) -> QuantTensor:
-    """Rows of a tensor that was read, in the same memory."""
-    parts = {
-        suffix: part[slice(*tensor.format.part_rows(suffix, start, stop))] for suffix, part in tensor.parts.items()
-    }
-    return QuantTensor(tensor.format, (stop - start, *tensor.shape[1:]), parts)
 
 
 def _read_range(path: Path, record: TensorRecord, start: int, stop: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, StoredModule
-from .conversion import BLOCK_WEIGHTS, read_rows, row_spans
+from .conversion import read_rows, row_spans
 from .decoding import decoded
 from .errors import CheckpointError, RequestError
 from .ggml_blocks import BLOCKS, GROUP, WRITTEN, ScaleCount, format_of_type, packed_as_blocks
@@ -33,6 +33,7 @@ from .types import PROJECTIONS, ExpertKey, QuantTensor
 
 EXPORT_TYPES = ("q4_0", "q8_0", "bf16", "f16", "f32")
 READ_AHEAD_BLOCKS = 3
+BLOCK_WEIGHTS = 2 << 20
 
 
 @dataclass(frozen=True)

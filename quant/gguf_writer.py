@@ -86,7 +86,7 @@ def _value(value: Any) -> tuple[int, bytes]:
     if isinstance(value, str):
         return STRING, _string(value)
     if isinstance(value, list):
-        kinds = {_value(item)[0] for item in value}
+        kinds = {_value(item)[0] for item in value} or {STRING}  # a byte tokenizer has no merges
         if len(kinds) != 1:
             raise TypeError(f"an array of {len(kinds)} types of value")
         return ARRAY, struct.pack("<IQ", kinds.pop(), len(value)) + b"".join(_value(item)[1] for item in value)

@@ -55,11 +55,6 @@ class Method:
             raise RequestError("--importance and --rounding gptq: the Hessians hold the moments already; leave one out")
 
     @property
-    def is_amax(self) -> bool:
-        """Whether codes are the nearest to weights over amax scales, and nothing else counts."""
-        return self.scale_search == "amax" and self.hessians is None
-
-    @property
     def settings(self) -> dict[str, Any]:
         """What there is besides the recipe, as the manifest and the journal hold it."""
         settings: dict[str, Any] = {}
@@ -102,8 +97,12 @@ class Method:
             diagonal = hessian.diagonal().to(torch.float32).clone() if search == "mse" else None
             factor = inverse_factor(hessian)
             return lambda rows: compensated(target, rows, factor, search, diagonal)
-        importance = None if self.importance is None else self.importance.of(matrix.module)
+        importance = self.importance_of(matrix)
         return lambda rows: target.quantize(rows, scale_search=search, importance=importance)
+
+    def importance_of(self, matrix: Matrix) -> torch.Tensor | None:
+        """By column, float32 [in]; None if it is not known."""
+        return None if self.importance is None else self.importance.of(matrix.module)
 
 
 def to_integers(matrices: Iterable[Matrix]) -> list[Matrix]:

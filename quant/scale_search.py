@@ -16,7 +16,8 @@ import numpy as np
 from numpy import float32
 
 from .compiling import inner, kernel
-from .lane_sums import LANES, add_errors, add_products
+from .lane_sums import LANES, add_errors, add_products, turn_groups, widen_ends
+from .llvm_vectors import WIDTH
 from .quantize_kernels import bf16
 
 # By the largest code, factors of the scale that puts the largest weight on that code. At 7/8 it has code -8, below that
@@ -31,7 +32,10 @@ LEAST_GAIN = float32(1e-4)
 # an intrinsic is called without its first parameter, which type checkers don't know
 sum_errors: Any = add_errors
 sum_products: Any = add_products
+_turn_whole: Any = turn_groups
+_widen: Any = widen_ends
 SPAN = 128  # weights of a group that are in the turned tile at once
+TILE = (SPAN, LANES)
 
 
 def search_scales(weights: np.ndarray, scales: np.ndarray, max_code: int, importance: np.ndarray | None = None) -> None:
@@ -42,22 +46,17 @@ def search_scales(weights: np.ndarray, scales: np.ndarray, max_code: int, import
     importance is float32 [C], one number a column and at least 0, None for 1. The candidates are the scales times
     FACTORS, signed, then REFINEMENTS times the scale that the best codes so far would like to have, in closed form
     (least squares); all are rounded to BF16 first."""
-    groups = scales.shape[1]
-    _search(
-        weights.reshape(scales.size, -1),
-        scales.reshape(-1),
-        groups,
-        float32(max_code),
-        FACTORS[max_code],
-        importance,
-        np.empty((SPAN, LANES), float32),
-        None if importance is None else np.empty((SPAN, LANES), float32),
-    )
+    turned = None if importance is None else np.empty(TILE, float32)
+    _search(weights, scales, float32(max_code), FACTORS[max_code], importance, np.empty(TILE, float32), turned)
 
 
-@kernel
-def _search(values, scales, groups_a_row, max_code, factors, importance, tile, weights):  # type: ignore[no-untyped-def]
-    """values [groups, N], scales [groups]; tile and weights [SPAN, LANES] are where spans of them are turned."""
+@inner
+def search_rows(rows, scales, max_code, factors, importance, tile, weights):  # type: ignore[no-untyped-def]
+    """search_scales with the FACTORS of max_code, a float32. tile and weights float32 [SPAN, LANES] are where spans of
+    rows and of importance are turned; weights is None where importance is."""
+    groups_a_row = scales.shape[1]
+    scales = scales.reshape(-1)
+    values = rows.reshape(len(scales), -1)
     size = values.shape[1]
     trials, errors = np.empty((1 + len(factors), LANES), float32), np.empty((1 + len(factors), LANES), float32)
     sums, inverse = np.empty((2, LANES), float32), np.empty(LANES, float32)
@@ -70,12 +69,15 @@ def _search(values, scales, groups_a_row, max_code, factors, importance, tile, w
         for step in range(2 + 2 * REFINEMENTS):
             finding_errors = step % 2 == 1
             count_trials = len(trials) if step == 1 else 1
-            _clear(errors)
+            _clear(errors[:count_trials])
             _clear(sums)
             for begin in range(0, size, SPAN):
                 places = min(SPAN, size - begin)
                 if step == 0 or size > SPAN:
-                    _turn(values, first, begin, places, tile)
+                    if count == LANES and places % WIDTH == 0:
+                        _turn_whole(values, first, begin, places, tile)
+                    else:
+                        _turn(values, first, begin, places, tile)
                     if importance is not None:
                         _turn_importance(importance, first, groups_a_row, size, begin, places, weights)
                 if step == 0:
@@ -128,23 +130,15 @@ def _turn_importance(importance, first, groups_a_row, size, begin, places, weigh
 
 
 @inner
-def _widen(tile, places, ends):  # type: ignore[no-untyped-def]
-    """Have ends [2, LANES], the largest and the smallest value of each lane, take in those of a tile."""
-    for place in range(places):
-        for lane in range(LANES):
-            value = tile[place, lane]
-            ends[0, lane] = value if value > ends[0, lane] else ends[0, lane]
-            ends[1, lane] = value if value < ends[1, lane] else ends[1, lane]
-
-
-@inner
 def _signed_trials(scales, ends, factors, trials):  # type: ignore[no-untyped-def]
     """The scales as they are, then times each factor, negative where a group reaches further up than down."""
     for lane in range(LANES):
         trials[0, lane] = scales[lane]
-        start = -scales[lane] if ends[0, lane] > -ends[1, lane] else scales[lane]
-        for trial in range(len(factors)):
-            trials[1 + trial, lane] = bf16(start * factors[trial])
+    for trial in range(len(factors)):
+        factor = factors[trial]
+        for lane in range(LANES):
+            scale = -scales[lane] if ends[0, lane] > -ends[1, lane] else scales[lane]
+            trials[1 + trial, lane] = bf16(scale * factor)
 
 
 @inner
@@ -165,3 +159,6 @@ def _keep_best(trials, errors, count, begin, max_code, best, error):  # type: ig
             better &= abs(scale) * (max_code + float32(1)) < float32(np.inf)  # the lowest code must be finite
             if (begin and trial == 0) or better:
                 best[lane], error[lane] = scale, off
+
+
+_search = kernel(search_rows.py_func)

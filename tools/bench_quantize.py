@@ -1,27 +1,116 @@
-"""Times `k2lite quantize` of a folder against plain reading and writing of the same bytes, and shows its peak memory.
+"""Times `k2lite quantize` of a folder against plain reading and writing of the same bytes, and beside peers.
 
-`python tools/bench_quantize.py SRC [--torch] [OPTIONS OF QUANTIZE]`, SRC at true width from tools/make_slice.py. The
-plain pass reads SRC's shards and writes as many bytes as the result has, 16 MiB after 16 MiB with direct I/O, synced at
-the end; the order is quantize, plain, quantize, plain, and the page cache is asked to forget SRC before each.
---torch times the amax rule written in a few lines of torch on one expert matrix of the same width instead of a folder.
+SRC is at true width, from tools/make_slice.py. The plain pass reads SRC's shards and writes as many bytes as the
+result has, 16 MiB after 16 MiB with direct I/O, synced at the end. A plain pass and, as a process of its own, a
+quantization by each rule take turns; the page cache is asked to forget SRC before each. Prints medians and extremes,
+the ratio to the plain pass and the most memory held. Beside it, in memory and without any disk, the amax rule in a few
+lines of torch (its best number of rows at once), and llama.cpp's own quantizer of --gguf, a Q8_0 file (k2lite export
+writes one), as a time for SRC's bytes, where --python can import llama_cpp. Other options go to quantize.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import mmap
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
 
 PIECE = 16 << 20
 PAGE = mmap.PAGESIZE
+RULES = ("amax", "mse")
+BYTES_A_WEIGHT = {"fp8_e4m3_b128": 1, "bf16": 2, "f16": 2, "f32": 4}
+QUANTIZE = (
+    "import sys, re; from k2lite.cli import main; code = main(sys.argv[1:]); "
+    "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
+)
+LLAMA = """
+import ctypes, sys, time
+import llama_cpp
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True, int(sys.argv[3])
+began = time.monotonic()
+code = llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params))
+print("seconds", time.monotonic() - began)
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """`work_s` is without start-up and exit; seconds of the whole process otherwise."""
+
+    seconds: float
+    work_s: float
+    peak_bytes: int
+    weights: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    summary, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=rest)
+    parser.add_argument("source", metavar="SRC", type=Path)
+    parser.add_argument(
+        "--rules", metavar="LIST", default=",".join(RULES), help="scale searches (default: %(default)s)"
+    )
+    parser.add_argument("--runs", type=int, default=3, help="of each (default: %(default)s)")
+    parser.add_argument("--gguf", metavar="FILE", type=Path, help="a Q8_0 file for llama.cpp's quantizer")
+    parser.add_argument("--python", metavar="FILE", default=sys.executable, help="a Python that can import llama_cpp")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    args, options = parser.parse_known_args(argv)
+    rules = args.rules.split(",")
+    if args.runs < 1 or not set(rules) <= set(RULES):
+        parser.error(f"--runs is {args.runs}, --rules {args.rules}; expected 1 or more, and some of {', '.join(RULES)}")
+    with tempfile.TemporaryDirectory(prefix="bench-quantize-", dir=args.source.resolve().parent) as scratch:
+        facts = compare(args.source, Path(scratch), rules, args.runs, options)
+        facts["torch_s"] = torch_seconds_a_weight() * facts["weights"]
+        facts["llama_s"], why = llama_seconds(facts["read_bytes"], args.gguf, Path(scratch), args.python)
+    print(table(facts, why))
+    if args.json:
+        print(json.dumps(facts))
+    return 0
+
+
+def compare(source: Path, scratch: Path, rules: list[str], count: int, options: list[str]) -> dict[str, Any]:
+    """Plain passes and quantizations in turn."""
+    runs: dict[str, list[Run]] = {rule: [] for rule in rules}
+    plain: list[float] = []
+    for rule in rules:
+        warm(source, scratch, [*options, "--scale-search", rule])
+    read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    target, written = scratch / "made", 0
+    for _ in range(count):
+        for rule in rules:
+            runs[rule].append(quantize(source, target, [*options, "--scale-search", rule]))
+            written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+            shutil.rmtree(target)
+        plain.append(plain_pass(source, scratch / "plain", written))
+    pace = statistics.median(plain)
+    facts: dict[str, Any] = {"read_bytes": read, "written_bytes": written, "cores": os.cpu_count(), "plain_s": plain}
+    facts["weights"] = runs[rules[0]][0].weights
+    for rule, those in runs.items():
+        seconds = [run.seconds for run in those]
+        facts[rule] = {
+            "seconds": seconds,
+            "work_s": [run.work_s for run in those],
+            "ratio": statistics.median(seconds) / pace,
+            "work_ratio": statistics.median(run.work_s for run in those) / pace,
+            "peak_bytes": max(run.peak_bytes for run in those),
+        }
+    return facts
 
 
 def forget(folder: Path) -> None:
@@ -33,6 +122,7 @@ def forget(folder: Path) -> None:
 
 def plain_pass(source: Path, target: Path, nbytes: int) -> float:
     """Seconds to read all of `source` and to write `nbytes`, spread evenly over the reads."""
+    forget(source)
     files = sorted(source.glob("*.safetensors"))
     share = nbytes / sum(path.stat().st_size for path in files)
     buffer = mmap.mmap(-1, PIECE)
@@ -42,8 +132,9 @@ def plain_pass(source: Path, target: Path, nbytes: int) -> float:
     began = time.monotonic()
     for path in files:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        while count := os.preadv(fd, [buffer], read_at := os.lseek(fd, 0, os.SEEK_CUR)):
-            os.lseek(fd, read_at + count, os.SEEK_SET)
+        at = 0
+        while count := os.preadv(fd, [buffer], at):
+            at += count
             read += count
             while read * share - written >= PIECE:
                 written += os.write(out, buffer)
@@ -59,83 +150,110 @@ def plain_pass(source: Path, target: Path, nbytes: int) -> float:
     return seconds
 
 
-def quantize(source: Path, target: Path, options: list[str]) -> tuple[float, int]:
-    """Seconds of the whole process and the most memory it held, in bytes."""
+def quantize(source: Path, target: Path, options: list[str]) -> Run:
     forget(source)
+    command = [sys.executable, "-c", QUANTIZE, "quantize", str(source), str(target), "--json", *options]
     began = time.monotonic()
-    code = (
-        "import sys, re; from k2lite.cli import main; code = main(sys.argv[1:]); "
-        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); sys.exit(code)"
-    )
-    command = [sys.executable, "-c", code, "quantize", str(source), str(target), *options]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    seconds = time.monotonic() - began
     if result.returncode:
         sys.exit(result.stderr)
-    found = re.search(r"(\d+)\s*$", result.stdout)
-    return time.monotonic() - began, int(found[1]) * 1024 if found else 0
+    said, peak = result.stdout.strip().rsplit("\n", 1)
+    facts = json.loads(said.rsplit("\n", 1)[-1])
+    weights = sum(
+        use["source_bytes"] // BYTES_A_WEIGHT.get(use["source"], 1)
+        for use in facts["table"]
+        if use["source"] != use["target"]
+    )
+    return Run(seconds, facts["seconds"], int(peak) * 1024, weights)
 
 
-def warm(source: Path, options: list[str]) -> None:
-    """Have the kernels compiled and kept: a run on a few megabytes would compile the same ones."""
+def warm(source: Path, scratch: Path, options: list[str]) -> None:
+    """Have the kernels compiled and kept: a run on a few megabytes compiles the same ones."""
     from tests.quant.quantizing import write_source
 
-    small = source.with_name(f"{source.name}-warm")
-    shutil.rmtree(small, ignore_errors=True)
-    write_source(small / "source", "fp8" if "float8" in _dtypes(source) else "bf16")
-    quantize(small / "source", small / "made", options)
-    shutil.rmtree(small)
+    write_source(scratch / "small", "fp8" if _is_fp8(source) else "bf16")
+    quantize(scratch / "small", scratch / "made", options)
+    shutil.rmtree(scratch / "small")
+    shutil.rmtree(scratch / "made")
 
 
-def _dtypes(source: Path) -> str:
-    path = next(source.glob("*.safetensors"))
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return "float8" if any(entry.get("dtype") == "F8_E4M3" for entry in header.values()) else ""
+def _is_fp8(source: Path) -> bool:
+    for path in source.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        if any(entry.get("dtype") == "F8_E4M3" for entry in header.values()):
+            return True
+    return False
 
 
 def torch_seconds_a_weight() -> float:
-    """FP8 to INT4 with groups of 32 by the amax rule, in plain torch on all cores, on a matrix of K2's experts."""
+    """FP8 to INT4 with groups of 32 by the amax rule, in plain torch on all cores, on a matrix of K2's experts: as many
+    rows at once as is best."""
     import torch
 
     rows, columns = 2048, 7168
     codes = torch.randn(rows, columns).to(torch.float8_e4m3fn)
     scales = torch.rand(rows // 128, columns // 128)
-    best = float("inf")
-    for _ in range(3):
-        began = time.monotonic()
-        weight = codes.to(torch.float32) * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
-        groups = weight.view(rows, -1, 32)
+    torch.set_num_threads(os.cpu_count() or 1)
+
+    def convert(first: int, last: int) -> torch.Tensor:
+        block = scales[first // 128 : last // 128]
+        weight = codes[first:last].to(torch.float32) * block.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        groups = weight.view(last - first, -1, 32)
         scale = (groups.abs().amax(-1, keepdim=True) / 7).to(torch.bfloat16).to(torch.float32)
-        stored = ((groups / scale).round().clamp(-7, 7) + 8).to(torch.uint8).view(rows, columns)
-        (stored[:, 0::2] | stored[:, 1::2] << 4).contiguous().view(torch.int32)
-        best = min(best, time.monotonic() - began)
+        stored = ((groups / scale).round_().clamp_(-7, 7) + 8).to(torch.uint8).view(last - first, columns)
+        return (stored[:, 0::2] | stored[:, 1::2] << 4).contiguous().view(torch.int32)
+
+    best = float("inf")
+    for step in (128, 512, rows):
+        for _ in range(3):
+            began = time.monotonic()
+            for first in range(0, rows, step):
+                convert(first, first + step)
+            best = min(best, time.monotonic() - began)
     return best / (rows * columns)
 
 
-def main() -> int:
-    if sys.argv[1] == "--torch":
-        per_weight = torch_seconds_a_weight()
-        print(f"torch, amax rule, one expert matrix in memory: {per_weight * 1e9:.2f} ns a weight")
-        return 0
-    source, options = Path(sys.argv[1]), sys.argv[2:]
-    target = source.with_name(f"{source.name}-quantized")
-    spare = target.with_suffix(".plain")
-    shutil.rmtree(target, ignore_errors=True)
-    warm(source, options)
-    runs, plain = [], []
-    read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    for _ in range(2):
-        runs.append(quantize(source, target, options))
-        written = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-        shutil.rmtree(target)
-        plain.append(plain_pass(source, spare, written))
-    seconds, peak = min(run[0] for run in runs), max(run[1] for run in runs)
-    print(f"source {read / 1e9:.2f} GB, result {written / 1e9:.2f} GB, {os.cpu_count()} cores; {' '.join(options)}")
-    print("quantize " + " and ".join(f"{run[0]:.1f}" for run in runs) + " s, whole process; plain "
-          + " and ".join(f"{one:.1f}" for one in plain) + " s")  # fmt: skip
-    print(f"ratio {seconds / min(plain):.2f} of the best of each; peak memory {peak / 2**30:.2f} GiB")
-    return 0
+def llama_seconds(nbytes: int, gguf: Path | None, scratch: Path, python: str) -> tuple[float | None, str]:
+    """Of llama.cpp's quantizer from Q8_0 to Q4_0 with its reading and writing, as if the file had `nbytes`; None and
+    why not."""
+    if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
+        return None, f"not installed: {python} can't import llama_cpp"
+    if gguf is None:
+        return None, "no --gguf named"
+    command = [python, "-c", LLAMA, str(gguf), str(scratch / "q4_0.gguf"), str(os.cpu_count())]
+    result = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"seconds ([\d.]+)", result.stdout)
+    if result.returncode or found is None:
+        sys.exit(f"llama.cpp's quantizer failed: {result.stderr[-2000:]}")
+    return float(found[1]) * nbytes / gguf.stat().st_size, ""
+
+
+def table(facts: dict[str, Any], why: str) -> str:
+    pace = statistics.median(facts["plain_s"])
+    lines = [
+        f"source {facts['read_bytes'] / 1e9:.2f} GB, result {facts['written_bytes'] / 1e9:.2f} GB, "
+        f"{facts['cores']} cores, {facts['weights'] / 1e9:.2f} G weights converted",
+        f"  {'':<28} {'median s':>8} {'min':>7} {'max':>7} {'ratio':>6} {'peak GiB':>9}",
+        _line("plain 16 MiB direct I/O", facts["plain_s"], pace),
+    ]
+    for rule in RULES:
+        if rule in facts:
+            found = facts[rule]
+            lines.append(_line(f"quantize, {rule}", found["seconds"], pace, f"{found['peak_bytes'] / 2**30:>9.2f}"))
+            lines.append(_line("  without start-up", found["work_s"], pace))
+    lines.append(_line("torch, amax, in memory", [facts["torch_s"]], pace))
+    llama = facts["llama_s"]
+    lines.append(
+        f"  {'llama.cpp, Q8_0 to Q4_0':<28} {why}" if llama is None else _line("llama.cpp, Q8_0 to Q4_0", [llama], pace)
+    )
+    return "\n".join(lines)
+
+
+def _line(what: str, seconds: list[float], pace: float, end: str = "") -> str:
+    median = statistics.median(seconds)
+    return f"  {what:<28} {median:>8.1f} {min(seconds):>7.1f} {max(seconds):>7.1f} {median / pace:>6.2f} {end}"
 
 
 if __name__ == "__main__":

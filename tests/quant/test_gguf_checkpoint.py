@@ -174,13 +174,10 @@ def test_old_files_have_kv_b_proj_in_one_and_others_gate_and_up_together(tmp_pat
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("size", ["READ_BYTES", "BLOCK_WEIGHTS"])
-def test_kv_b_proj_is_joined_in_blocks_of_whole_heads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
-) -> None:
+def test_kv_b_proj_is_joined_in_blocks_of_whole_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 heads of 48 rows in blocks of 384 rows, the fewest that both heads and FP8's blocks fill."""
     values = foreign(tmp_path / "source", tmp_path / "m.gguf", types=("Q8_0", "F16"), heads=16)
-    monkeypatch.setattr(conversion, size, 1)
+    monkeypatch.setattr(conversion, "READ_BYTES", 1)
     matrix = next(m for m in gguf_plan(tmp_path / "m.gguf").matrices if m.module.endswith("1.self_attn.kv_b_proj"))
     assert [block.rows.shape[0] for block in conversion.read_blocks(matrix, Method())] == [384, 384]
     assert_same(read_back(tmp_path / "m.gguf", tmp_path / "back"), values, heads=16)
@@ -192,7 +189,7 @@ def test_codes_of_q4_0_are_taken_over_block_by_block(
 ) -> None:
     """Whatever the rule for scales is: there is none to find. What it costs is the cast of scales from F16 to BF16."""
     stacks = foreign(tmp_path / "source", tmp_path / "m.gguf", types=("Q4_0", "F16"))
-    monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr(conversion, "READ_BYTES", 1)
     experts = [
         m for m in gguf_plan(tmp_path / "m.gguf").matrices if m.source_format.name == "q4_0" and ".3." in m.module
     ]

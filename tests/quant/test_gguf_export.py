@@ -257,3 +257,11 @@ def test_no_more_than_a_few_blocks_are_in_memory(tmp_path: Path, monkeypatch: py
     # 128 rows of the widest matrix (384 columns); kv_b_proj, read whole, is [192, 128]
     assert max(sizes) == 128 * 384 * 4
     assert len(read_gguf(tmp_path / "out.gguf").tensors) > 40
+
+
+def test_an_empty_list_is_one_of_strings_to_the_package(tmp_path: Path) -> None:
+    """The merges of a byte tokenizer."""
+    with gguf_writer.GgufWriter(tmp_path / "a.gguf", {"tokenizer.ggml.merges": []}, []) as writer:
+        writer.finish()
+    types = gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.ggml.merges"].types
+    assert types[0] == gguf.GGUFValueType.ARRAY

@@ -153,12 +153,12 @@ def test_the_result_is_the_same_bytes_with_any_number_of_threads(
 ) -> None:
     """Blocks of 128 rows, so that a matrix has several."""
     write_source(tmp_path / "source", "f32", hidden_size=512)
-    monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1)
+    monkeypatch.setattr(conversion, "READ_BYTES", 1)
     recipe = Recipe(target, target, "keep", scale_search=search)
     for threads in (1, 3):
         monkeypatch.setattr(quantizer, "THREADS", threads)
         run(tmp_path / "source", tmp_path / str(threads), recipe)
-    monkeypatch.setattr(conversion, "BLOCK_WEIGHTS", 1 << 30)
+    monkeypatch.setattr(conversion, "READ_BYTES", 1 << 30)
     run(tmp_path / "source", tmp_path / "whole", recipe)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
     for name, data in contents(tmp_path / "whole").items():
