@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from k2lite.backends.base import Backend, RoutingRule
+from k2lite.backends.base import RoutingRule
 from k2lite.offload.routing_trace import RoutingTrace
 from k2lite.quant.errors import RequestError
 from k2lite.quant.types import QuantTensor
 
 from .config import ModelConfig
+from .engine import Engine
 
 
 class TracedRouter:
@@ -48,6 +49,10 @@ class TracedRouter:
         return ids.to(x.device), weights.to(x.device)
 
 
-def follow_trace(backend: Backend, trace: RoutingTrace, config: ModelConfig) -> None:
-    """Have a backend's router follow a trace from now on. Raises RequestError where the two don't fit."""
-    backend.router = TracedRouter(trace, config)  # type: ignore[method-assign]
+def follow_trace(engine: Engine, trace: RoutingTrace) -> None:
+    """Have an engine's routers follow a trace from now on. What the model's own routers guess of the next layer says
+    nothing about a trace, so statistics guess alone. Raises RequestError where the two don't fit."""
+    engine.backend.router = TracedRouter(trace, engine.config)  # type: ignore[method-assign]
+    experts = engine.experts
+    hint = experts.hint
+    experts.hint = lambda layer, ranked: hint(layer, None)  # type: ignore[method-assign]  # noqa: ARG005

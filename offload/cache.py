@@ -132,7 +132,7 @@ class ExpertCache(ExpertSource):
         return layer in self._row and self.governor.width > 0
 
     @uninterrupted()
-    def hint(self, layer: int, ranked: Sequence[int]) -> None:
+    def hint(self, layer: int, ranked: Sequence[int] | None) -> None:
         row = self._row[layer]
         before = self._last[1] if self._last is not None and self._last[0] == row - 1 else None
         self._read_ahead(row, before, ranked)
@@ -163,9 +163,9 @@ class ExpertCache(ExpertSource):
                 slot = self._evict(self.policy.victim(self._leased))
             else:
                 break
-            self.arena.give_back(slot)
+            # a slot that was never filled frees nothing now, but must not be filled later
+            done += self.arena.give_back(slot)
             self._slots_left -= 1
-            done += 1
         return done
 
     def close(self) -> None:
