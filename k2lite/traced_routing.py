@@ -7,6 +7,8 @@ Shapes: T tokens, K active experts.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from k2lite.backends.base import RoutingRule
@@ -15,19 +17,26 @@ from k2lite.quant.errors import RequestError
 from k2lite.quant.types import QuantTensor
 
 from .config import ModelConfig
-from .engine import Engine
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def check_fit(trace: RoutingTrace, config: ModelConfig) -> None:
+    """Raise RequestError where a trace's choices are none that the model's routers could make."""
+    active, experts = trace.ids.shape[2], int(trace.ids.max()) + 1
+    if active != config.num_experts_per_tok or experts > config.n_routed_experts:
+        raise RequestError(
+            f"the trace has {active} experts a token, numbered up to {experts - 1}, and the model "
+            f"{config.num_experts_per_tok} of {config.n_routed_experts}; a trace must have as many, and no others"
+        )
 
 
 class TracedRouter:
     """Takes the place of a backend's `router`; each step must ask once for every MoE layer, in order."""
 
     def __init__(self, trace: RoutingTrace, config: ModelConfig) -> None:
-        active, experts = trace.ids.shape[2], int(trace.ids.max()) + 1
-        if active != config.num_experts_per_tok or experts > config.n_routed_experts:
-            raise RequestError(
-                f"the trace has {active} experts a token, numbered up to {experts - 1}, and the model "
-                f"{config.num_experts_per_tok} of {config.n_routed_experts}; a trace must have as many, and no others"
-            )
+        check_fit(trace, config)
         self._ids = torch.from_numpy(trace.ids.astype("int64"))
         self._n_layers = len(config.moe_layers)
         self._layer = self._token = 0

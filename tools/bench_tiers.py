@@ -3,10 +3,11 @@
     python tools/make_slice.py SLICE --format int4 --vocab 32768 --trunk int8_g128 --lm-head int8_g128
     python tools/bench_tiers.py SLICE [--routing TRACE] [--limit 8GB] [--only start,decode,plan,memory] [--json]
 
-Each measurement is a process of its own inside a memory control group of --limit bytes. What the steps read is read once
-more alone, in the same run: the store's own rate. `start`: from nothing to the first token, the model's files not in
-the page cache. `decode`: steps against missing bytes / drive + trunk / memory, and a prompt of 512 tokens against
-reading each expert once. `plan`: predicted against measured speed. `memory`: 2,000 tokens against the plan's bytes.
+Each measurement is a process of its own inside a memory control group of --limit bytes. What the steps read is read
+once more alone, in the same run: the store's own rate. `start`: from nothing to the first token after a prompt of one,
+the model's files not in the page cache. `decode`: steps against missing bytes / drive + trunk / memory, and a prompt of
+512 tokens against reading each expert once. `plan`: predicted against measured speed. `memory`: 2,000 tokens against
+the plan's bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +26,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 from k2lite.byte_sizes import parse_bytes
+from k2lite.loading import open_model
+from k2lite.offload.routing_trace import RoutingTrace, TracedModel
 from tools.tiers.memory_limit import HOW, MemoryGroup, memory_group
 from tools.tiers.measuring import Setting
 
@@ -47,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", default="8GB", metavar="SIZE", help="of the control group (default: %(default)s)")
     parser.add_argument("--no-limit", action="store_true", help="make no control group: the shell is in one already")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES", help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="of decode steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="of two decode steps (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options = parser.parse_args(argv)
     wanted = options.only.split(",")
@@ -93,7 +99,9 @@ def measured(group: MemoryGroup, setting: Setting) -> dict[str, Any]:
 
 def start_section(group: MemoryGroup, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds from the command to its first token, beside reading the trunk at the store's rate."""
-    command = [sys.executable, "-m", "k2lite", "run", options.model, "-p", "Hello", "--max-tokens", "1", "--stats"]
+    # not `k2lite run`: a random model's token may be none that the slice's tokenizer has a text for
+    program = "import sys, k2lite; print(int(next(k2lite.load(sys.argv[1]).generate([1], max_tokens=1))), flush=True)"
+    command = [sys.executable, "-c", program, options.model]
     runs = []
     for _ in range(START_RUNS):
         forget(Path(options.model))
@@ -136,7 +144,8 @@ def decode_section(group: MemoryGroup, options: argparse.Namespace) -> dict[str,
     for name, routing in (("own", ""), ("trace", options.routing)):
         if name == "trace" and not routing:
             continue
-        facts = measured(group, Setting(options.model, routing=routing, rounds=options.rounds))
+        setting = Setting(options.model, routing=routing, rounds=options.rounds, prompt_twice=True)
+        facts = measured(group, setting)
         print(f"decode with {'the routers of random weights' if name == 'own' else routing}")
         print(decode_text(facts))
         found[name] = facts
@@ -156,7 +165,7 @@ def decode_text(facts: dict[str, Any]) -> str:
             f"own rate while something is read ({now['reading_s'] * 1e3:.1f} ms)",
             f"  prompt of {prompt['tokens']} in chunks of {prompt['chunk_tokens']}: {prompt['seconds']:.2f} s "
             f"({prompt['tok_s']:.1f} tokens/s), its experts alone {prompt['reading_alone_s']:.2f} s: ratio "
-            f"{prompt['ratio']:.3f}",
+            f"{prompt['ratio']:.3f} ({prompt['waiting_s']:.2f} s of it only waiting)",
             f"  memory now {memory['now'] / 1e9:.3f} GB, at most {memory['peak'] / 1e9:.3f} GB, planned "
             f"{facts['planned_bytes'] / 1e9:.3f} GB",
         ]
@@ -164,7 +173,50 @@ def decode_text(facts: dict[str, Any]) -> str:
 
 
 def plan_section(group: MemoryGroup, options: argparse.Namespace) -> list[dict[str, Any]]:
-    raise NotImplementedError
+    """What `k2lite plan --routing` predicts beside what was measured, with uniform choices and with the trace's."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        uniform = Path(folder) / "uniform"
+        write_uniform_trace(uniform, Path(options.model))
+        for number, (share, chunk) in enumerate(PLANNED):
+            routing = options.routing if options.routing and number % 2 else str(uniform)
+            ram = int(share * parse_bytes(options.limit))
+            setting = Setting(
+                options.model, ram_bytes=ram, routing=routing, chunk_tokens=chunk, prompt_tokens=128, rounds=8
+            )
+            facts = measured(group, setting)
+            now, said = facts["decode"]["tok_s"], facts["predicted"]["decode"]
+            row = {
+                "ram_bytes": ram,
+                "chunk_tokens": chunk,
+                "routing": Path(routing).name,
+                "predicted_tok_s": said["best"],
+                "measured_tok_s": now,
+                "error": said["best"] / now - 1,
+                "predicted_hit_rate": said["hit_rate"],
+                "measured_hit_rate": facts["decode"]["hit_rate"],
+                "predicted_prefill_tok_s": facts["predicted"]["prefill_tok_s"],
+                "measured_prefill_tok_s": facts["prefill"]["tok_s"],
+                "rates": facts["predicted"]["rates"],
+            }
+            print(
+                f"plan     {ram / 1e9:.2f} GB, {row['routing']}: predicted {said['best']:.2f} tokens/s, measured "
+                f"{now:.2f} ({row['error']:+.0%}); hit rate {said['hit_rate']:.1%} and {row['measured_hit_rate']:.1%}; "
+                f"prompt in chunks of {chunk}: {row['predicted_prefill_tok_s']:.1f} and "
+                f"{row['measured_prefill_tok_s']:.1f} tokens/s",
+                flush=True,
+            )
+            found.append(row)
+    return found
+
+
+def write_uniform_trace(path: Path, model: Path) -> None:
+    """300 tokens that choose among a model's experts without any habit."""
+    config, _ = open_model(model)
+    random, shape = np.random.default_rng(0), (300, len(config.moe_layers), config.n_routed_experts)
+    ids = np.sort(random.random(shape).argsort(axis=2)[:, :, : config.num_experts_per_tok], axis=2)
+    facts = TracedModel("uniform", config.model_type, config.moe_layers, config.n_routed_experts)
+    RoutingTrace(ids.astype(np.uint16), facts).write(path)
 
 
 def memory_section(group: MemoryGroup, options: argparse.Namespace) -> dict[str, Any]:

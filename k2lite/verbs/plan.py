@@ -2,7 +2,7 @@
 
 MODEL is a folder, or a config.json before its weights are downloaded. Bandwidths are measured, or come from --machine
 FILE, a JSON object: name, ram, ram_gb_per_s, drive_gb_per_s, tflops, and if there are any reserve, vram, vram_gb_per_s,
-bus_gb_per_s, layer_ms.
+bus_gb_per_s, layer_ms. With --routing TRACE the hit rate is also that of a replay of recorded choices.
 """
 
 from __future__ import annotations
@@ -31,18 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", type=int, metavar="TOKENS", help="as for run")
     parser.add_argument("--machine", type=Path, metavar="FILE", help="plan for the machine that this file describes")
+    parser.add_argument("--routing", type=Path, metavar="TRACE", help="predict for a trace's choices too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def execute(args: argparse.Namespace) -> int:
     from k2lite.backends.registry import open_backend
+    from k2lite.offload.routing_trace import read_trace
     from k2lite.planning import as_text, plan_report
 
+    routing = None if args.routing is None else read_trace(args.routing)
     backend = open_backend(args.backend)
     config, model, checkpoint = _model(args.model)
     machine = _machine(args, backend, checkpoint)
     facts = plan_report(
-        config, model, machine, backend=backend.name, arithmetic=backend.capabilities().arithmetic, context=args.context
+        config,
+        model,
+        machine,
+        backend=backend.name,
+        arithmetic=backend.capabilities().arithmetic,
+        context=args.context,
+        routing=routing,
     )
     facts = {"model": str(args.model), **facts}
     print(json.dumps(facts) if args.json else as_text(str(args.model), facts))

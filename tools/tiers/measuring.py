@@ -23,11 +23,14 @@ import torch
 from k2lite.backends.cpu.backend import CpuBackend
 from k2lite.engine import Chunk, Engine
 from k2lite.loading import load
+from k2lite.machine import this_machine
 from k2lite.model_sizes import EMBEDDINGS
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.drive_rate import store_rate
 from k2lite.offload.routing_trace import read_trace
 from k2lite.offload.store import ExpertRead
+from k2lite.placement import WeightBytes
+from k2lite.planning import ModelBytes, traced_speeds
 from k2lite.quant.types import ExpertKey, QuantTensor
 from k2lite.traced_routing import follow_trace
 from k2lite.weights import trunk_matrices
@@ -37,7 +40,8 @@ from ..memory_read import read_bytes_per_second
 
 @dataclass(frozen=True)
 class Setting:
-    """`ram_bytes` 0: what the machine and its control group can spare. `chunk_tokens` 0: the planned chunk."""
+    """`ram_bytes` 0: what the machine and its control group can spare. `chunk_tokens` 0: the planned chunk.
+    `prompt_twice`: the prompt that counts is the second one, when all memory has been touched."""
 
     model: str
     ram_bytes: int = 0
@@ -49,6 +53,7 @@ class Setting:
     round_tokens: int = 2
     context_tokens: int = 4096
     prefetch: bool = True
+    prompt_twice: bool = False
 
 
 class Watched:
@@ -62,8 +67,9 @@ class Watched:
             ram=setting.ram_bytes or None,
             prefetch=setting.prefetch,
         )
-        if setting.routing:
-            follow_trace(self.engine, read_trace(Path(setting.routing)))
+        self.trace = read_trace(Path(setting.routing)) if setting.routing else None
+        if self.trace is not None:
+            follow_trace(self.engine, self.trace)
         cache, backend = self.engine.experts, self.engine.backend
         assert isinstance(cache, ExpertCache)
         assert isinstance(backend, CpuBackend)
@@ -79,6 +85,17 @@ class Watched:
 
     def drive_rate(self, keys: Sequence[ExpertKey]) -> float:
         return store_rate(self.cache.store, keys=keys, seconds=60.0)
+
+    def predicted(self, chunk_tokens: int) -> dict[str, Any]:
+        """What `k2lite plan --routing` says of the engine's placement, with bandwidths measured now."""
+        assert self.trace is not None
+        config, checkpoint = self.engine.config, self.cache.store.checkpoint
+        machine = this_machine(self.engine.placement.budget_bytes, store_rate(self.cache.store))
+        model = ModelBytes(WeightBytes.of(config, checkpoint), checkpoint.trunk_module(EMBEDDINGS).nbytes)
+        speeds = traced_speeds(
+            config, model, machine.rates, self.engine.placement, self.trace, chunk_tokens=chunk_tokens
+        )
+        return {"rates": asdict(machine.rates)} | speeds
 
     @contextmanager
     def noting_reads(self) -> Iterator[list[ExpertKey]]:
@@ -106,10 +123,16 @@ def measure(setting: Setting) -> dict[str, Any]:
     watched = Watched(setting)
     loaded_s = time.perf_counter() - began
     engine = watched.engine
+    chunk = setting.chunk_tokens or engine.placement.prefill_chunk_tokens
+    predicted = watched.predicted(chunk) if setting.routing else None
     state = torch.Generator().manual_seed(0)
     ids = torch.randint(engine.config.vocab_size, (setting.prompt_tokens,), generator=state).tolist()
     with engine.open() as sequence:
-        logits, prefill = _prompt(watched, sequence, ids, setting)
+        first = None
+        if setting.prompt_twice:
+            _, first = _prompt(watched, sequence, ids, chunk)
+            sequence.truncate(0)
+        logits, prefill = _prompt(watched, sequence, ids, chunk)
         for _ in range(setting.warm_up_tokens):
             logits = _step(engine, sequence, logits)
         rounds = []
@@ -121,6 +144,8 @@ def measure(setting: Setting) -> dict[str, Any]:
         "loaded_s": loaded_s,
         "plan": asdict(engine.placement),
         "planned_bytes": engine.placement.total_bytes,
+        "predicted": predicted,
+        "first_prefill": first,
         "prefill": prefill,
         "rounds": rounds,
         "decode": {name: statistics.median(facts[name] for facts in rounds) for name in rounds[0]},
@@ -166,10 +191,9 @@ def _round(watched: Watched, sequence: Any, logits: torch.Tensor, tokens: int) -
 
 
 def _prompt(
-    watched: Watched, sequence: Any, ids: Sequence[int], setting: Setting
+    watched: Watched, sequence: Any, ids: Sequence[int], chunk: int
 ) -> tuple[torch.Tensor, dict[str, float]]:
     engine = watched.engine
-    chunk = setting.chunk_tokens or engine.placement.prefill_chunk_tokens
     before = asdict(watched.cache.counters)
     began = time.perf_counter()
     with watched.noting_reads() as keys:
