@@ -90,7 +90,7 @@ def decode_speed(
     work: Work, rates: Bandwidths, curve: Curve | float, *, held: float, on_device: float = 0.0, recall: float = _RECALL
 ) -> Decode:
     """`held` bytes of experts in memory, `on_device` in the accelerator's. A number in place of a curve is the share of
-    uses that find their expert in memory, where it is known. `recall`: of choices that the next layer's router names."""
+    uses that find their expert in memory, where it is known. `recall`: of choices, what the next router names."""
     bank = work.experts * work.expert
     if isinstance(curve, str):
         at_device = hit_rate(curve, on_device / bank) if on_device > 0 else 0.0

@@ -28,15 +28,15 @@ from typing import Any
 
 import numpy as np
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2lite.byte_sizes import parse_bytes
 from k2lite.loading import open_model
 from k2lite.offload.routing_trace import RoutingTrace, TracedModel
-from tools.tiers.memory_limit import HOW, MemoryGroup, memory_group
 from tools.tiers.measuring import Setting
+from tools.tiers.memory_limit import HOW, MemoryGroup, memory_group
 
+REPO = Path(__file__).resolve().parent.parent
 SECTIONS = ("start", "decode", "plan", "memory")
 # Budgets as shares of the limit, and chunks of a prompt: what `plan` is asked about.
 PLANNED = ((0.5, 512), (0.6, 128), (0.7, 512), (0.8, 256), (0.9, 128), (0.97, 512))
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", default="8GB", metavar="SIZE", help="of the control group (default: %(default)s)")
     parser.add_argument("--no-limit", action="store_true", help="make no control group: the shell is in one already")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES", help="default: %(default)s")
+    parser.add_argument("--decode", default="own,trace", metavar="NAMES", help="whose choices (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="of two decode steps (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
     options = parser.parse_args(argv)
@@ -142,12 +143,12 @@ def forget(folder: Path) -> None:
 def decode_section(group: MemoryGroup, options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name, routing in (("own", ""), ("trace", options.routing)):
-        if name == "trace" and not routing:
+        if name not in options.decode.split(",") or (name == "trace" and not routing):
             continue
         setting = Setting(options.model, routing=routing, rounds=options.rounds, prompt_twice=True)
         facts = measured(group, setting)
         print(f"decode with {'the routers of random weights' if name == 'own' else routing}")
-        print(decode_text(facts))
+        print(decode_text(facts), flush=True)
         found[name] = facts
     return found
 
@@ -161,8 +162,8 @@ def decode_text(facts: dict[str, Any]) -> str:
             f"{now['trunk_bytes'] / 1e6:.0f} MB, missing {now['missing_bytes'] / 1e6:.0f} MB a token (hit rate "
             f"{now['hit_rate']:.1%})",
             f"  bound {now['bound_s'] * 1e3:.1f} ms, step {now['step_s'] * 1e3:.1f} ms ({now['tok_s']:.2f} tokens/s): "
-            f"ratio {now['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); drive at {now['drive_use']:.1%} of its "
-            f"own rate while something is read ({now['reading_s'] * 1e3:.1f} ms)",
+            f"ratio {now['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); drive at {now['drive_use']:.1%} of "
+            f"its own rate while something is read ({now['reading_s'] * 1e3:.1f} ms)",
             f"  prompt of {prompt['tokens']} in chunks of {prompt['chunk_tokens']}: {prompt['seconds']:.2f} s "
             f"({prompt['tok_s']:.1f} tokens/s), its experts alone {prompt['reading_alone_s']:.2f} s: ratio "
             f"{prompt['ratio']:.3f} ({prompt['waiting_s']:.2f} s of it only waiting)",
@@ -182,7 +183,7 @@ def plan_section(group: MemoryGroup, options: argparse.Namespace) -> list[dict[s
             routing = options.routing if options.routing and number % 2 else str(uniform)
             ram = int(share * parse_bytes(options.limit))
             setting = Setting(
-                options.model, ram_bytes=ram, routing=routing, chunk_tokens=chunk, prompt_tokens=128, rounds=8
+                options.model, ram_bytes=ram, routing=routing, chunk_tokens=chunk, prompt_tokens=chunk, rounds=8
             )
             facts = measured(group, setting)
             now, said = facts["decode"]["tok_s"], facts["predicted"]["decode"]

@@ -190,9 +190,7 @@ def _round(watched: Watched, sequence: Any, logits: torch.Tensor, tokens: int) -
     }
 
 
-def _prompt(
-    watched: Watched, sequence: Any, ids: Sequence[int], chunk: int
-) -> tuple[torch.Tensor, dict[str, float]]:
+def _prompt(watched: Watched, sequence: Any, ids: Sequence[int], chunk: int) -> tuple[torch.Tensor, dict[str, float]]:
     engine = watched.engine
     before = asdict(watched.cache.counters)
     began = time.perf_counter()
