@@ -164,6 +164,7 @@ def decode_text(facts: dict[str, Any]) -> str:
             f"  bound {now['bound_s'] * 1e3:.1f} ms, step {now['step_s'] * 1e3:.1f} ms ({now['tok_s']:.2f} tokens/s): "
             f"ratio {now['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}); drive at {now['drive_use']:.1%} of "
             f"its own rate while something is read ({now['reading_s'] * 1e3:.1f} ms)",
+            f"  the same with resident experts / memory in the bound: ratio {now['ratio_with_residents']:.3f}",
             f"  prompt of {prompt['tokens']} in chunks of {prompt['chunk_tokens']}: {prompt['seconds']:.2f} s "
             f"({prompt['tok_s']:.1f} tokens/s), its experts alone {prompt['reading_alone_s']:.2f} s: ratio "
             f"{prompt['ratio']:.3f} ({prompt['waiting_s']:.2f} s of it only waiting)",

@@ -240,6 +240,7 @@ def test_a_static_set_goes_on_learning_until_its_tokens_are_full() -> None:
         policy.observe(0, [4, 5])  # beyond its tokens
     for expert in (0, 2, 4):
         policy.admit(0, expert)
+    policy.observe(0, [6, 7])
     assert policy.victim(set()) == (0, 4)
     policy.evict(0, 4)
     assert policy.victim(set()) == (0, 0)

@@ -173,11 +173,14 @@ def _round(watched: Watched, sequence: Any, logits: torch.Tensor, tokens: int) -
     drive = watched.drive_rate(keys) if keys else 0.0
     missing = moved["read_bytes"] / tokens
     bound_s = (missing / drive if keys else 0.0) + watched.trunk_bytes / memory
+    resident = moved["hit_experts"] * watched.cache.store.checkpoint.expert_bytes / tokens
     step_s = sum(steps) / tokens
     return logits, {
         "step_s": step_s,
         "bound_s": bound_s,
         "ratio": step_s / bound_s,
+        # experts that were found in memory are read from there, for which the bound has no term
+        "ratio_with_residents": step_s / (bound_s + resident / memory),
         "tok_s": 1 / step_s,
         "hit_rate": moved["hit_experts"] / moved["requested_experts"],
         "missing_bytes": missing,
