@@ -6,8 +6,15 @@ memory and drive allow when the backend's arithmetic keeps up with memory.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, replace as replaced
 from typing import Any
+
+import numpy as np
+
+from k2lite.offload.policies import DEFAULT_POLICY
+from k2lite.offload.replay import replay
+from k2lite.offload.routing_analysis import touched_share
+from k2lite.offload.routing_trace import RoutingTrace
 
 from .config import ModelConfig
 from .kv_cache import LatentCache
@@ -15,7 +22,8 @@ from .machine import Machine
 from .placement import Placement, WeightBytes, gib, plan_memory, planned_context
 from .quant.errors import MemoryPlanError
 from .quant.types import PROJECTIONS
-from .speed_model import CURVES, Work, decode_speed, prefill_speed, what_would_help
+from .speed_model import CURVES, Bandwidths, Work, decode_speed, prefill_speed, what_would_help
+from .traced_routing import check_fit
 from .weights import checkpoint_schema
 
 
@@ -59,8 +67,10 @@ def plan_report(
     arithmetic: str,
     context: int | None,
     packing: int = 0,
+    routing: RoutingTrace | None = None,
 ) -> dict[str, Any]:
-    """The plan as --json prints it: bytes, speeds in tokens/s. Raises MemoryPlanError, ContextLengthError."""
+    """The plan as --json prints it: bytes, speeds in tokens/s, also for the choices of a trace if there is one. Raises
+    MemoryPlanError, ContextLengthError, RequestError where the trace doesn't fit."""
     tokens = planned_context(config, context)
     weights, on_device = model.weights, 0.0
 
@@ -78,7 +88,7 @@ def plan_report(
                 f"{machine.name} has {gib(machine.device_bytes)}; a smaller --context needs less"
             )
         on_device = float(machine.device_bytes - first)
-        placement = planned(replace(weights, trunk=0))
+        placement = planned(replaced(weights, trunk=0))
     else:
         placement = planned(weights)
     facts: dict[str, Any] = {
@@ -89,7 +99,11 @@ def plan_report(
         "bytes": _bytes(placement, model, on_device),
         "chunk_tokens": placement.prefill_chunk_tokens,
     }
-    return facts | (speeds(config, model, machine, placement, on_device) if weights.experts else {})
+    if weights.experts:
+        facts |= speeds(config, model, machine, placement, on_device)
+        if routing is not None:
+            facts["traced"] = traced_speeds(config, model, machine.rates, placement, routing, on_device=on_device)
+    return facts
 
 
 def speeds(
@@ -109,6 +123,34 @@ def speeds(
         },
         "limit": decode["middle"].limit,
         "would_help": what_would_help(work, machine.rates, held=held, on_device=on_device),
+    }
+
+
+def traced_speeds(
+    config: ModelConfig,
+    model: ModelBytes,
+    rates: Bandwidths,
+    placement: Placement,
+    trace: RoutingTrace,
+    *,
+    chunk_tokens: int | None = None,
+    on_device: float = 0.0,
+) -> dict[str, Any]:
+    """Predicted speeds of a placement when the routers choose what a trace says (MoE layer i follows trace layer i,
+    looped): the hit rate is that of the default policy in a replay. A trace doesn't tell what the next layer's router
+    would have named, so nothing is read ahead. Raises RequestError."""
+    check_fit(trace, config)
+    ids = trace.ids[:, np.arange(len(config.moe_layers)) % trace.ids.shape[1]]
+    work = work_of(config, model)
+    slots = placement.slots - placement.ring_slots + int(on_device / work.expert)
+    found = replay(ids, config.n_routed_experts, DEFAULT_POLICY, slots, warmup_tokens=len(ids) // 4).hit_rate
+    held = min(slots, placement.experts) * work.expert - on_device
+    chunk = placement.prefill_chunk_tokens if chunk_tokens is None else chunk_tokens
+    share = touched_share(ids, chunk, config.n_routed_experts)
+    return {
+        "decode": asdict(decode_speed(work, rates, found, held=held, on_device=on_device, recall=0.0)),
+        "chunk_tokens": chunk,
+        "prefill_tok_s": prefill_speed(work, rates, chunk, held=held, on_device=on_device, share=share),
     }
 
 
@@ -152,6 +194,13 @@ def as_text(name: str, facts: dict[str, Any]) -> str:
         lines.append(
             f"    {curve:<8}  {found['best']:8.2f}    {found['hit_rate']:7.1%}    "
             f"{found['missing_bytes'] / 1e9:10.2f} GB            {found['serial']:8.2f} .. {found['perfect']:.2f}"
+        )
+    if traced := facts.get("traced"):
+        found = traced["decode"]
+        lines.append(
+            f"    {'trace':<8}  {found['best']:8.2f}    {found['hit_rate']:7.1%}    "
+            f"{found['missing_bytes'] / 1e9:10.2f} GB            {found['serial']:8.2f} .. {found['perfect']:.2f}; "
+            f"prefill {traced['prefill_tok_s']:.1f} in chunks of {traced['chunk_tokens']}"
         )
     prefill = ", ".join(f"{tokens} tokens {rate:.1f}" for tokens, rate in facts["prefill_tok_s"].items())
     lines.append(f"  prefill     tok/s for a prompt of {prefill}")

@@ -86,11 +86,17 @@ def touched_share(tokens: int) -> float:
     return _between(float(min(max(tokens, 1), _CHUNKS[-1])), _CHUNKS, _TOUCHED)
 
 
-def decode_speed(work: Work, rates: Bandwidths, curve: Curve, *, held: float, on_device: float = 0.0) -> Decode:
-    """`held` bytes of experts in memory, `on_device` in the accelerator's."""
+def decode_speed(
+    work: Work, rates: Bandwidths, curve: Curve | float, *, held: float, on_device: float = 0.0, recall: float = _RECALL
+) -> Decode:
+    """`held` bytes of experts in memory, `on_device` in the accelerator's. A number in place of a curve is the share of
+    uses that find their expert in memory, where it is known. `recall`: of choices, what the next router names."""
     bank = work.experts * work.expert
-    at_device = hit_rate(curve, on_device / bank) if on_device > 0 else 0.0
-    found = hit_rate(curve, (on_device + held) / bank)
+    if isinstance(curve, str):
+        at_device = hit_rate(curve, on_device / bank) if on_device > 0 else 0.0
+        found = hit_rate(curve, (on_device + held) / bank)
+    else:
+        at_device, found = curve * on_device / max(on_device + held, 1.0), curve
     needed = work.active * work.expert
     missing = needed * (1 - found)
     overhead = work.layers * rates.layer_s
@@ -105,8 +111,8 @@ def decode_speed(work: Work, rates: Bandwidths, curve: Curve, *, held: float, on
         first_s = device_s
     drive_s = missing / rates.drive
     inside = first_s + max(beside_s, drive_s)
-    more = 1 + _RECALL * (1 / _PRECISION - 1)
-    ahead = max(first_s + max(beside_s, (1 - _RECALL) * drive_s), more * drive_s)
+    more = 1 + recall * (1 / _PRECISION - 1)
+    ahead = max(first_s + max(beside_s, (1 - recall) * drive_s), more * drive_s)
     return Decode(
         hit_rate=found,
         missing_bytes=missing,
@@ -119,10 +125,13 @@ def decode_speed(work: Work, rates: Bandwidths, curve: Curve, *, held: float, on
     )
 
 
-def prefill_speed(work: Work, rates: Bandwidths, tokens: int, *, held: float, on_device: float = 0.0) -> float:
-    """Tokens/s of reading a prompt in chunks of `tokens`: each expert that is touched is read once a chunk."""
+def prefill_speed(
+    work: Work, rates: Bandwidths, tokens: int, *, held: float, on_device: float = 0.0, share: float | None = None
+) -> float:
+    """Tokens/s of reading a prompt in chunks of `tokens`: each expert that is touched is read once a chunk. `share`: of
+    a layer's experts that such a chunk touches, where it is known."""
     bank = work.experts * work.expert
-    touched = bank * touched_share(tokens)
+    touched = bank * (touched_share(tokens) if share is None else share)
     drive_s = (1 - min(1.0, (held + on_device) / bank)) * touched / rates.drive
     if rates.one_bus:
         carry_s = (touched + work.trunk_read) / rates.memory

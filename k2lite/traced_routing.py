@@ -7,26 +7,36 @@ Shapes: T tokens, K active experts.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from k2lite.backends.base import Backend, RoutingRule
+from k2lite.backends.base import RoutingRule
 from k2lite.offload.routing_trace import RoutingTrace
 from k2lite.quant.errors import RequestError
 from k2lite.quant.types import QuantTensor
 
 from .config import ModelConfig
 
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+def check_fit(trace: RoutingTrace, config: ModelConfig) -> None:
+    """Raise RequestError where a trace's choices are none that the model's routers could make."""
+    active, experts = trace.ids.shape[2], int(trace.ids.max()) + 1
+    if active != config.num_experts_per_tok or experts > config.n_routed_experts:
+        raise RequestError(
+            f"the trace has {active} experts a token, numbered up to {experts - 1}, and the model "
+            f"{config.num_experts_per_tok} of {config.n_routed_experts}; a trace must have as many, and no others"
+        )
+
 
 class TracedRouter:
     """Takes the place of a backend's `router`; each step must ask once for every MoE layer, in order."""
 
     def __init__(self, trace: RoutingTrace, config: ModelConfig) -> None:
-        active, experts = trace.ids.shape[2], int(trace.ids.max()) + 1
-        if active != config.num_experts_per_tok or experts > config.n_routed_experts:
-            raise RequestError(
-                f"the trace has {active} experts a token, numbered up to {experts - 1}, and the model "
-                f"{config.num_experts_per_tok} of {config.n_routed_experts}; a trace must have as many, and no others"
-            )
+        check_fit(trace, config)
         self._ids = torch.from_numpy(trace.ids.astype("int64"))
         self._n_layers = len(config.moe_layers)
         self._layer = self._token = 0
@@ -48,6 +58,10 @@ class TracedRouter:
         return ids.to(x.device), weights.to(x.device)
 
 
-def follow_trace(backend: Backend, trace: RoutingTrace, config: ModelConfig) -> None:
-    """Have a backend's router follow a trace from now on. Raises RequestError where the two don't fit."""
-    backend.router = TracedRouter(trace, config)  # type: ignore[method-assign]
+def follow_trace(engine: Engine, trace: RoutingTrace) -> None:
+    """Have an engine's routers follow a trace from now on. What the model's own routers guess of the next layer says
+    nothing about a trace, so statistics guess alone. Raises RequestError where the two don't fit."""
+    engine.backend.router = TracedRouter(trace, engine.config)  # type: ignore[method-assign]
+    experts = engine.experts
+    hint = experts.hint
+    experts.hint = lambda layer, ranked: hint(layer, None)  # type: ignore[method-assign]  # noqa: ARG005

@@ -7,6 +7,7 @@ routed experts: it is loaded whole. Knows no file layout and no arithmetic.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,6 +20,8 @@ from k2lite.quant.schema import CheckpointSchema, IgnoredTensor, TrunkSpec
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
 from .config import ModelConfig
+
+READERS = 4  # that load the trunk
 
 
 @dataclass(frozen=True)
@@ -128,16 +131,60 @@ def load_trunk(
     checkpoint: Checkpoint, config: ModelConfig, backend: Backend, quantized: Mapping[str, Matrix] | None = None
 ) -> TrunkWeights:
     """Read the trunk into the backend's memory: matrices as stored, but for those of `quantized` (by canonical name),
-    which are converted on the way; norms and biases as float32."""
+    which are converted on the way; norms and biases as float32. Several tensors are on their way at once, so that the
+    drive is kept busy while others are copied and checked."""
+    planned = quantized or {}
+    # a device's calls stay in one thread
+    with ThreadPoolExecutor(READERS if _in_ram(backend) else 1, "k2lite-trunk") as readers:
+        stored = {
+            name: readers.submit(_load, checkpoint, backend, name, len(spec.shape))
+            for name, spec in checkpoint.schema.trunk.items()
+            if name not in planned
+        }
+        try:
+            return _assembled(config, stored, {name: _converted(planned[name], backend) for name in planned})
+        except BaseException:
+            readers.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _load(checkpoint: Checkpoint, backend: Backend, name: str, axes: int) -> QuantTensor | torch.Tensor:
+    if axes == 1:
+        return backend.upload(checkpoint.trunk(name).dequantize())
+    if _in_ram(backend):
+        return checkpoint.trunk(name, backend.alloc)
+    return _uploaded(checkpoint.trunk(name), backend)
+
+
+def _in_ram(backend: Backend) -> bool:
+    return backend.device.type == "cpu"
+
+
+def _converted(matrix: Matrix, backend: Backend) -> QuantTensor:
+    return _uploaded(converted_tensor(matrix), backend)
+
+
+def _uploaded(stored: QuantTensor, backend: Backend) -> QuantTensor:
+    parts = {suffix: backend.upload(part) for suffix, part in stored.parts.items()}
+    return QuantTensor(stored.format, stored.shape, parts)
+
+
+def _assembled(
+    config: ModelConfig,
+    stored: Mapping[str, Future[QuantTensor | torch.Tensor]],
+    converted: Mapping[str, QuantTensor],
+) -> TrunkWeights:
+    """The loaded tensors, by canonical name, in their places."""
 
     def matrix(name: str) -> QuantTensor:
-        planned = (quantized or {}).get(f"{name}.weight")
-        stored = checkpoint.trunk(f"{name}.weight") if planned is None else converted_tensor(planned)
-        parts = {suffix: backend.upload(part) for suffix, part in stored.parts.items()}
-        return QuantTensor(stored.format, stored.shape, parts)
+        found = converted.get(f"{name}.weight") or stored[f"{name}.weight"].result()
+        assert isinstance(found, QuantTensor)
+        return found
 
     def vector(name: str) -> torch.Tensor:
-        return backend.upload(checkpoint.trunk(name).dequantize())
+        found = stored[name].result()
+        assert isinstance(found, torch.Tensor)
+        return found
 
     def mlp(name: str) -> ExpertWeights:
         return ExpertWeights(*(matrix(f"{name}.{projection}") for projection in ExpertWeights._fields))

@@ -52,7 +52,8 @@ class Held:
 # * Its views are valid until then; in a lease of more experts than there is room for, or with less than all to keep,
 #   a group's views are valid until the next group is asked for. Asking a released lease for more is a programmer's
 #   error (RuntimeError).
-# * `ready` yields every expert asked for exactly once, resident ones first, the rest as they arrive.
+# * `ready` yields every expert asked for exactly once, resident ones first, the rest as they arrive; in waves, a few at
+#   a time, and what has arrived before what is resident.
 # * All misses that have a slot are submitted when the lease is made, before the first group is asked for.
 # * Prefetch takes no lease, may be refused, and never takes a slot from a leased or a resident expert.
 # * More experts than slots come in waves; where not even one slot can be had, it is MemoryPlanError, never a dead-lock.
@@ -132,7 +133,7 @@ class ExpertCache(ExpertSource):
         return layer in self._row and self.governor.width > 0
 
     @uninterrupted()
-    def hint(self, layer: int, ranked: Sequence[int]) -> None:
+    def hint(self, layer: int, ranked: Sequence[int] | None) -> None:
         row = self._row[layer]
         before = self._last[1] if self._last is not None and self._last[0] == row - 1 else None
         self._read_ahead(row, before, ranked)
@@ -163,9 +164,9 @@ class ExpertCache(ExpertSource):
                 slot = self._evict(self.policy.victim(self._leased))
             else:
                 break
-            self.arena.give_back(slot)
+            # a slot that was never filled frees nothing now, but must not be filled later
+            done += self.arena.give_back(slot)
             self._slots_left -= 1
-            done += 1
         return done
 
     def close(self) -> None:

@@ -86,8 +86,8 @@ class FrequencyOverAge(KeyedPolicy):
 
 
 class StaticSet(KeyedPolicy):
-    """The key is a use count that is frozen: taken from saved statistics, or from the first LEARN_TOKENS tokens. What
-    is not in the set passes through the slots that are left."""
+    """The key is a use count that is frozen after LEARN_TOKENS tokens, those of earlier conversations and runs among
+    them. What is not in the set passes through the slots that are left."""
 
     name: ClassVar[str] = "static"
     LEARN_TOKENS: ClassVar[int] = 64
@@ -102,8 +102,8 @@ class StaticSet(KeyedPolicy):
             self._keys[layer_index, np.asarray(ids)] += 1
 
     def state(self) -> State:
-        return {"counts": self._keys.copy()}
+        return {"counts": self._keys.copy(), "left": self._left.astype(np.float64)}
 
     def restore(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        self._keys[:] = restored(state, "counts", self.shape)
-        self._left[:] = 0
+        counts, left = restored(state, "counts", self.shape), restored(state, "left", self._left.shape)
+        self._keys[:], self._left[:] = counts, np.clip(left, 0, self.LEARN_TOKENS)

@@ -8,9 +8,11 @@ import queue
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from k2lite.quant.errors import RequestError
+from k2lite.quant.types import ExpertKey
 
 from .direct_files import DirectFiles
 from .read_pool import Group, ReadPool
@@ -22,10 +24,21 @@ IN_FLIGHT = 4
 TRIAL_BYTES = 512 << 20
 
 
-def store_rate(store: ExpertStore, *, seconds: float = 1.0, seed: int = 0, most_bytes: int = 4 << 30) -> float:
-    """Bytes a second, over about `seconds`. Raises CheckpointError where an expert can't be read."""
-    keys = list(store.checkpoint.expert_keys())
-    random.Random(seed).shuffle(keys)
+def store_rate(
+    store: ExpertStore,
+    *,
+    keys: Sequence[ExpertKey] | None = None,
+    seconds: float = 1.0,
+    seed: int = 0,
+    most_bytes: int = 4 << 30,
+) -> float:
+    """Bytes a second, over about `seconds`, of these experts in their order (default: of any in random order). Raises
+    CheckpointError where an expert can't be read."""
+    if keys is None:
+        left = list(store.checkpoint.expert_keys())
+        random.Random(seed).shuffle(left)
+    else:
+        left = list(reversed(keys))
     arena = Arena(IN_FLIGHT, slot_bytes_for(store.checkpoint))
     for slot in range(IN_FLIGHT):
         arena.tensor(slot).fill_(0)  # touched, so that no page fault is timed
@@ -34,9 +47,9 @@ def store_rate(store: ExpertStore, *, seconds: float = 1.0, seed: int = 0, most_
     nbytes = under_way = 0
     began = time.perf_counter()
     while True:
-        over = time.perf_counter() - began > seconds or nbytes >= most_bytes or not keys
-        while free and not over and keys:
-            store.start(keys.pop(), arena, free.pop(), done.put)
+        over = time.perf_counter() - began > seconds or nbytes >= most_bytes or not left
+        while free and not over and left:
+            store.start(left.pop(), arena, free.pop(), done.put)
             under_way += 1
         if not under_way:
             return nbytes / (time.perf_counter() - began)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .cache import ExpertCache, Held
 
 
+# In waves a group is small, so that its slots are free for the next reads soon.
+WAVE_EXPERTS = 2
+
+
 class CacheLease(Lease):
     """`keep`: the keys worth keeping, None: all."""
 
@@ -54,31 +58,35 @@ class CacheLease(Lease):
 
     def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:
         self._demand_open()
-        here = [held for held in self._held.values() if held.weights is not None]
+        here = deque(held for held in self._held.values() if held.weights is not None)
         self._waiting = [held for held in self._waiting if held.weights is None]
-        if here:
-            yield from self._group(here)
-        while self._waiting or self._todo:
+        while here or self._waiting or self._todo:
             self._demand_open()
             with uninterrupted():
                 self._submit()
-            if not self._waiting and not self._cache.is_reading:
+            if not here and not self._waiting and not self._cache.is_reading:
                 raise MemoryPlanError(
                     f"layer {self._todo[0].layer}: no slot can be had for {len(self._todo)} experts "
                     f"({self._cache.room}); ask for fewer at once or give the experts more memory"
                 )
-            self._cache.collect(wait=not any(map(_is_over, self._waiting)))
-            arrived = [held for held in self._waiting if _is_over(held)]
-            self._waiting = [held for held in self._waiting if not _is_over(held)]
-            for held in arrived:
-                if held.error is not None:
-                    raise held.error
-            lost = [held for held in arrived if held.weights is None]
-            for held in lost:  # a guess that was being cancelled when it was asked for: read it again
-                del self._held[held.key]
-                self._todo.append(held.key)
-            if found := [held for held in arrived if held.weights is not None]:
-                yield from self._group(found)
+            self._cache.collect(wait=not here and not any(map(_is_over, self._waiting)))
+            here.extendleft(self._arrived())  # first what another read waits for the slot of
+            count = min(len(here), WAVE_EXPERTS) if self._in_waves else len(here)
+            if count:
+                yield from self._group([here.popleft() for _ in range(count)])
+
+    def _arrived(self) -> list[Held]:
+        """Take what can be read now out of what is waited for. Raises where a read has failed."""
+        over = [held for held in self._waiting if _is_over(held)]
+        self._waiting = [held for held in self._waiting if not _is_over(held)]
+        for held in over:
+            if held.error is not None:
+                raise held.error
+        for held in [held for held in over if held.weights is None]:
+            # a guess that was being cancelled when it was asked for: read it again
+            del self._held[held.key]
+            self._todo.append(held.key)
+        return [held for held in over if held.weights is not None]
 
     def release(self) -> None:
         if self._released:

@@ -95,7 +95,7 @@ class ReadPool:
         shared = self._shared
         with shared.changed:
             shared.queues[group.urgent].extend((group, piece) for piece in group.pieces)
-            shared.changed.notify_all()
+            shared.changed.notify(len(group.pieces))
 
     def hasten(self, group: Group) -> None:
         """Somebody waits for a speculative group now: what has not begun goes before all other speculation."""

@@ -69,6 +69,15 @@ def one_hot(ids: npt.NDArray[np.uint16], n_experts: int) -> npt.NDArray[np.bool_
     return used
 
 
+def touched_share(ids: npt.NDArray[np.uint16], tokens: int, n_experts: int) -> float:
+    """Share of a layer's experts that so many tokens in a row use: the mean over layers and over the whole runs of ids
+    [T, L, K], which begins anew where it is shorter."""
+    tokens = min(tokens, max(len(ids), 1))
+    used = one_hot(ids, n_experts)
+    runs = [used[at : at + tokens].any(axis=0).mean() for at in range(0, len(ids) - tokens + 1, tokens)]
+    return float(np.mean(runs))
+
+
 def _predictability(used: npt.NDArray[np.bool_], ids: npt.NDArray[np.uint16]) -> dict[str, Floats]:
     """Recall at K of three guesses at a layer's choice, on the second half of the tokens."""
     n_tokens, n_layers, active = ids.shape

@@ -49,6 +49,7 @@ class Arena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(self._map)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._used: set[int] = set()
 
     @property
     def nbytes(self) -> int:
@@ -56,13 +57,20 @@ class Arena:
 
     def memory(self, slot: int) -> memoryview:
         """A slot's bytes, for a read to fill."""
+        self._used.add(slot)
         return self._memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
     def tensor(self, slot: int) -> torch.Tensor:
         """A slot's bytes, uint8 [slot_bytes]."""
+        self._used.add(slot)
         return self._bytes[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
-    def give_back(self, slot: int) -> None:
-        """Return a slot's pages to the system; its bytes are lost, and come back as zeros when it is used again."""
+    def give_back(self, slot: int) -> bool:
+        """Return a slot's pages to the system, if it was ever filled: whether it was. Its bytes are lost, and come back
+        as zeros when it is used again."""
+        if slot not in self._used:
+            return False
+        self._used.remove(slot)
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, slot * self.slot_bytes, self.slot_bytes)
+        return True

@@ -94,8 +94,8 @@ class ExpertSource(ABC):
         """Whether a guess of what `layer` will use next is of any use now."""
 
     @abstractmethod
-    def hint(self, layer: int, ranked: Sequence[int]) -> None:
-        """Guesses of what `layer` will use next, best first."""
+    def hint(self, layer: int, ranked: Sequence[int] | None) -> None:
+        """Guesses of what `layer` will use next, best first; None: nobody has one, statistics are all there is."""
 
     @abstractmethod
     def learned(self) -> dict[str, State]:
@@ -138,7 +138,7 @@ class ForwardingSource(ExpertSource):
     def wants_hint(self, layer: int) -> bool:
         return self._source.wants_hint(layer)
 
-    def hint(self, layer: int, ranked: Sequence[int]) -> None:
+    def hint(self, layer: int, ranked: Sequence[int] | None) -> None:
         self._source.hint(layer, ranked)
 
     def learned(self) -> dict[str, State]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from k2lite.quant.checkpoint import Checkpoint
@@ -23,10 +23,13 @@ from .direct_files import PAGE_BYTES, DirectFiles, Say, say_on_stderr
 from .read_pool import Group, ReadPool
 from .slots import Arena, rounded_out
 
-READ_THREADS = 8
+# Requests that were begun together end together where a drive serves all alike: more than one expert's keep it busy.
+READ_THREADS = 16
 # Drives are as fast as they get with requests of a few MB; more pieces let one expert use several threads.
-READ_BYTES = 4 << 20
+READ_BYTES = 2 << 20
 _TRIES = 3
+# An extent that is so small a part of its expert (shapes that stand apart) lies on a page with those of many others.
+_SMALL_SHARE = 1 / 1000
 
 
 class ShortReadError(Exception):
@@ -36,13 +39,14 @@ class ShortReadError(Exception):
 @dataclass(frozen=True, slots=True)
 class Piece:
     """`nbytes` from `offset` of `file` (whole pages) to `at` in the slot; the first `needed` must come, since a file
-    may end inside the last page."""
+    may end inside the last page. `shared`: a small extent's pages, which hold other experts' too."""
 
     file: Path
     offset: int
     nbytes: int
     needed: int
     at: int
+    shared: bool = False
 
 
 class ExpertRead:
@@ -83,6 +87,7 @@ class ExpertStore:
         self._lock = threading.Lock()
         self._outstanding: dict[Path, int] = {}
         self._failed: set[Path] = set()
+        self._pages: dict[Piece, bytes] = {}  # that are shared, once an expert was right with them
 
     def start(
         self, key: ExpertKey, arena: Arena, slot: int, on_done: Callable[[ExpertRead], None], *, urgent: bool = True
@@ -90,10 +95,10 @@ class ExpertStore:
         """Begin to read an expert into a slot that is this read's alone until `on_done`. Raises CheckpointError if
         the headers already show that it can't be read."""
         layout = self.checkpoint.expert(key)
-        pieces = read_pieces(layout.extents)
+        memory = arena.memory(slot)
+        pieces = [piece for piece in read_pieces(layout.extents) if not self._is_known(piece, memory)]
         read = ExpertRead(key, slot, on_done)
         read.left, read.nbytes = len(pieces), layout.nbytes
-        memory = arena.memory(slot)
 
         def work(piece: Piece) -> Callable[[], None]:
             return lambda: self._run(read, layout, piece, memory, arena)
@@ -122,6 +127,19 @@ class ExpertStore:
         self._pool.close()
         self.files.close()
 
+    def _is_known(self, piece: Piece, memory: memoryview) -> bool:
+        """Whether the piece was read for another expert; if so it is put into the slot."""
+        pages = self._pages.get(replace(piece, at=0, needed=0)) if piece.shared else None
+        if pages is not None:
+            memory[piece.at : piece.at + piece.nbytes] = pages
+        return pages is not None
+
+    def _note_shared(self, layout: ExpertLayout, memory: memoryview) -> None:
+        for piece in read_pieces(layout.extents):
+            if piece.shared:
+                pages = bytes(memory[piece.at : piece.at + piece.nbytes])
+                self._pages.setdefault(replace(piece, at=0, needed=0), pages)
+
     def _run(self, read: ExpertRead, layout: ExpertLayout, piece: Piece, memory: memoryview, arena: Arena) -> None:
         error: Exception | None = None
         if read.error is None and not read.cancelled:
@@ -149,6 +167,7 @@ class ExpertStore:
         if read.error is None and not read.cancelled and layout is not None and arena is not None:
             try:
                 read.weights = self._checked(layout, arena, read.slot)
+                self._note_shared(layout, arena.memory(read.slot))
             except Exception as failure:
                 read.error = failure
         read.on_done(read)
@@ -226,12 +245,14 @@ def checked_views(layout: ExpertLayout, arena: Arena, slot: int) -> ExpertWeight
 def read_pieces(extents: Sequence[Extent]) -> list[Piece]:
     """What to read for these extents, which lie one after another in the slot, each rounded out to pages."""
     pieces, at = [], 0
+    small = _SMALL_SHARE * sum(extent.nbytes for extent in extents)
     for extent in extents:
         start, nbytes = rounded_out(extent)
         end = extent.offset + extent.nbytes
         for offset in range(start, start + nbytes, READ_BYTES):
             size = min(READ_BYTES, start + nbytes - offset)
-            pieces.append(Piece(extent.file, offset, size, min(size, end - offset), at + offset - start))
+            needed, shared = min(size, end - offset), extent.nbytes < small
+            pieces.append(Piece(extent.file, offset, size, needed, at + offset - start, shared))
         at += nbytes
     return pieces
 

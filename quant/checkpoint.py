@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from .checksums import demand_checksum, expert_piece, read_checksums
+from .direct_reading import read_direct_into
 from .errors import CheckpointError
 from .expert_layout import check_weight_shape, expert_extents, expert_layout
 from .file_reading import read_exactly
@@ -35,10 +36,17 @@ _EXPERT = re.compile(
     rf"model\.layers\.{_NUMBER}\.mlp\.experts\.{_NUMBER}\.(gate_proj|up_proj|down_proj)\.(weight[a-z_]*)"
 )
 _SHOWN_PROBLEMS = 10
+Allocate = Callable[[int], torch.Tensor]  # uint8 of so many bytes, on the CPU
+# From here on past the page cache, which the trunk would fill with bytes that nobody reads again.
+_DIRECT_BYTES = 1 << 20
 
 
 # The class of routed experts in `Checkpoint.formats`.
 EXPERTS_KIND = "routed experts"
+
+
+def _plain_memory(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +117,13 @@ class Checkpoint:
         count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
         raise CheckpointError(f"{self.folder}: the weights can't be used, {count}:\n  {shown}")
 
-    def trunk(self, name: str) -> QuantTensor:
-        """Read a trunk tensor by its canonical name. Raises CheckpointError naming file and tensor."""
+    def trunk(self, name: str, memory: Allocate = _plain_memory) -> QuantTensor:
+        """Read a trunk tensor by its canonical name into what `memory` gives. Raises CheckpointError naming file and
+        tensor."""
         module = self._trunk.get(name)
         if module is None or module.format is None:
             raise self._unusable(f"tensor {self.schema.prefix}{name}")
-        parts = {suffix: self._read(*stored) for suffix, stored in module.parts.items()}
+        parts = {suffix: self._read(*stored, memory) for suffix, stored in module.parts.items()}
         check_weight_shape(parts, module.shape, f"{self.folder}: {self.schema.prefix}{name}")
         tensor = QuantTensor(module.format, module.shape, parts)
         file = next(iter(module.parts.values()))[0]
@@ -293,9 +302,12 @@ class Checkpoint:
             problems.append(f"{file}: {f'tensor {record.name}' if suffix else stored_name} {problem}")
         return StoredModule(format_found, shape, parts), problems
 
-    def _read(self, path: Path, record: TensorRecord) -> torch.Tensor:
-        buffer = torch.empty(record.nbytes, dtype=torch.uint8)
-        read_exactly(path, record.offset, buffer, f"tensor {record.name}")
+    def _read(self, path: Path, record: TensorRecord, memory: Allocate) -> torch.Tensor:
+        buffer, what = memory(record.nbytes), f"tensor {record.name}"
+        if record.nbytes >= _DIRECT_BYTES:
+            read_direct_into(path, record.offset, buffer, what)
+        else:
+            read_exactly(path, record.offset, buffer, what)
         return buffer.view(record.dtype).view(record.shape)
 
 

@@ -44,7 +44,7 @@ def execute(args: argparse.Namespace) -> int:
     args.context = args.prompt_tokens + args.tokens if args.context is None else args.context
     engine = load_engine(args)
     if args.routing is not None:
-        follow_trace(engine.backend, read_trace(args.routing), engine.config)
+        follow_trace(engine, read_trace(args.routing))
     cache = engine.experts
     if not isinstance(cache, ExpertCache):
         raise TypeError("bench measures an ExpertCache")

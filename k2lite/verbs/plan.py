@@ -3,7 +3,8 @@
 MODEL is a folder, or a config.json before its weights are downloaded. Bandwidths are measured: the drive's on the
 folder's own files, or on a file that is written for it and removed again. Or they come from --machine FILE, a JSON
 object: name, ram, ram_gb_per_s, drive_gb_per_s, tflops, and if there are any reserve, vram, vram_gb_per_s,
-bus_gb_per_s, layer_ms.
+bus_gb_per_s, layer_ms. With --routing TRACE the hit rate is also that of a replay of
+recorded choices.
 """
 
 from __future__ import annotations
@@ -39,16 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drive", type=Path, metavar="DIR",
         help="where the weights of a config.json will lie: that drive is measured (default: beside the config.json)",
     )  # fmt: skip
+    parser.add_argument("--routing", type=Path, metavar="TRACE", help="predict for a trace's choices too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def execute(args: argparse.Namespace) -> int:
     from k2lite.backends.registry import open_backend
     from k2lite.offload.packed_source import packing_bytes
+    from k2lite.offload.routing_trace import read_trace
     from k2lite.placement import arithmetic_name
     from k2lite.planning import as_text, plan_report
 
     _check(args)
+    routing = None if args.routing is None else read_trace(args.routing)
     backend = open_backend(args.backend)
     config, model, checkpoint = _model(args.model, args.trunk, backend)
     machine = _machine(args, backend, checkpoint)
@@ -60,6 +64,7 @@ def execute(args: argparse.Namespace) -> int:
         arithmetic=arithmetic_name(backend, model.trunk_to),
         context=args.context,
         packing=0 if checkpoint is None else packing_bytes(checkpoint, backend),
+        routing=routing,
     )
     facts = {"model": str(args.model), **facts}
     print(json.dumps(facts) if args.json else as_text(str(args.model), facts))

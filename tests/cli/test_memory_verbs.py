@@ -190,7 +190,7 @@ def test_bench_can_follow_a_trace(tiny: Path, tmp_path: Path, capsys: Capture) -
     choices = [[[5, 6, 7], [0, 1, 2]], [[0, 1, 2], [3, 4, 5]]]
     lines: list[dict[str, object]] = [{"tok": token, "layers": layers} for token, layers in enumerate(choices)]
     trace = tmp_path / "trace.jsonl"
-    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines * 4))
     common = ("bench", tiny, "--prompt-tokens", 2, "--tokens", 3, "--no-prefetch", "--routing", trace)
     decode = run_json(capsys, *common, "--resident-experts", 14)["decode"]
     assert isinstance(decode, dict)
@@ -198,6 +198,16 @@ def test_bench_can_follow_a_trace(tiny: Path, tmp_path: Path, capsys: Capture) -
     decode = run_json(capsys, *common, "--resident-experts", 7, "--policy", "lru")["decode"]
     assert isinstance(decode, dict)
     assert decode["hit_experts"] == 0
+    machine = tmp_path / "desk.json"
+    machine.write_text(json.dumps(MACHINE))
+    plan = ("plan", tiny, "--machine", machine, "--context", 64, "--routing", trace)
+    traced = run_json(capsys, *plan)["traced"]
+    assert isinstance(traced, dict)
+    assert traced["decode"]["hit_rate"] == 1, "there is room for all that the trace asks for"
+    assert traced["decode"]["best"] == traced["decode"]["perfect"]
+    assert main([str(part) for part in plan]) == 0
+    assert "    trace  " in capsys.readouterr().out
     lines[0]["layers"] = [[0, 1], [2, 3]]
     trace.write_text(json.dumps(lines[0]))
     assert "the trace has 2 experts a token, numbered up to 3, and the model 3 of 8" in fails(capsys, *common)
+    assert "and the model 3 of 8" in fails(capsys, *plan)

@@ -41,6 +41,16 @@ def test_pressure_shrinks_the_arena_to_its_minimum_and_changes_no_bit(
     assert capsys.readouterr().err.count("memory is short") == 1
 
 
+def test_a_slot_that_was_never_filled_is_given_up_but_not_counted(tiny_folder: Path) -> None:
+    other = k2lite.load(tiny_folder, backend="reference", context=64, resident_experts=12)
+    cache = other.experts
+    assert isinstance(cache, ExpertCache)
+    with cache.lease(1, list(range(6))) as lease:
+        assert sum(len(group) for group in lease.ready()) == 6
+    assert cache.shrink(2) == 2, "one slot after another, until two have given memory back"
+    assert (cache.resident_experts, len(cache._free)) == (4, 0)
+
+
 def test_what_is_given_back_leaves_the_process() -> None:
     arena = Arena(8, 4 << 20)
     for slot in range(8):
@@ -50,3 +60,4 @@ def test_what_is_given_back_leaves_the_process() -> None:
         arena.give_back(slot)
     assert psutil.Process().memory_info().rss < full - (20 << 20)
     assert arena.tensor(0).eq(1).all()
+    assert [arena.give_back(slot) for slot in (0, 0)] == [True, False]

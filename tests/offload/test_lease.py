@@ -12,6 +12,7 @@ import torch
 
 from k2lite.errors import CheckpointError, MemoryPlanError
 from k2lite.offload.cache import ExpertCache
+from k2lite.offload.lease import WAVE_EXPERTS
 from k2lite.offload.policies import DEFAULT_POLICY
 from k2lite.offload.source import Lease
 from k2lite.offload.statistics import RouterStats
@@ -151,6 +152,24 @@ def test_more_experts_than_slots_come_in_waves(
                 seen += sorted(group)
         assert sorted(seen) == list(range(8))
         settled(cache)
+
+
+def test_in_waves_a_few_come_at_a_time_and_what_arrived_before_what_is_resident(tiny_folder: Path) -> None:
+    """Else the drive would wait until all that is resident was multiplied."""
+    cache = open_cache(tiny_folder, 7, ring=2)
+    with cache.lease(1, [0, 1, 2, 3, 4]) as lease:
+        take_all(lease)
+    observe(cache, 1, list(range(8)))
+    with cache.lease(1, list(range(8)), keep=[0]) as lease:
+        groups = []
+        for group in lease.ready():
+            groups.append(list(group))
+            while any(held.read is not None for held in cache._table.values()):
+                cache.collect(wait=True)
+    assert [len(group) for group in groups] == [WAVE_EXPERTS] * 4
+    assert groups[0] == [0, 1]
+    assert set(groups[1]) <= {5, 6}, "read while the first two were in use"
+    settled(cache)
 
 
 def test_a_prompt_leaves_the_decode_set_alone(tiny_folder: Path) -> None:

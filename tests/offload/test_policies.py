@@ -228,6 +228,24 @@ def test_what_was_learned_serves_a_new_run(name: str) -> None:
         new.restore({key: np.full_like(array, np.nan, dtype=np.float64) for key, array in state.items()})
 
 
+def test_a_static_set_goes_on_learning_until_its_tokens_are_full() -> None:
+    """A first turn of three tokens, then a new conversation: what it uses still counts."""
+    policy = make_policy("static", range(1), 8, 4)
+    for _ in range(3):
+        policy.observe(0, [0, 1])
+    policy.restore(policy.state())
+    for _ in range(61):
+        policy.observe(0, [2, 3])
+    for _ in range(70):
+        policy.observe(0, [4, 5])  # beyond its tokens
+    for expert in (0, 2, 4):
+        policy.admit(0, expert)
+    policy.observe(0, [6, 7])
+    assert policy.victim(set()) == (0, 4)
+    policy.evict(0, 4)
+    assert policy.victim(set()) == (0, 0)
+
+
 def test_the_default_learns_once_a_token_in_whatever_order_a_batch_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(ReuseModel, "step", lambda _: taken.append(1))

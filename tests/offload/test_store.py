@@ -19,10 +19,16 @@ from k2lite.offload.direct_files import PAGE_BYTES, DirectFiles
 from k2lite.offload.slots import Arena, rounded_out
 from k2lite.offload.store import READ_BYTES, read_pieces
 from k2lite.quant.checksums import MANIFEST_NAME, read_checksums
+from k2lite.quant.expert_layout import expert_weights, read_extents
 from k2lite.quant.types import ExpertKey, Extent
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
 from tests.offload.caches import SAID, FaultyFiles, Gate, io_error, open_cache, random_delays
 from tests.offload.test_lease import Stored, demand_right, settled, take_all
+from tools.make_slice import make_slice
+
+SLICE_SIZES = {"hidden_size": 256, "intermediate_size": 320, "moe_intermediate_size": 128, "num_attention_heads": 4,
+               "num_key_value_heads": 4, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+               "qk_rope_head_dim": 16, "v_head_dim": 32}  # fmt: skip
 
 
 def read_everything(folder: Path, stored: Stored, **options: object) -> None:
@@ -225,6 +231,31 @@ def test_a_mirror_that_is_no_copy_is_refused(tiny_folder: Path, tmp_path: Path) 
     os.truncate(shard, 99)
     with pytest.raises(RequestError, match="has 99 bytes"):
         open_cache(tiny_folder, 4, mirror=tmp_path / "copy")
+
+
+def test_pages_that_many_experts_share_are_read_once(tmp_path: Path) -> None:
+    """The shapes of a slice's experts stand apart, all on one page. What was wrong is not remembered."""
+    make_slice(tmp_path / "slice", format="int4", layers=2, experts=16, vocab=520, sizes=SLICE_SIZES)
+    files = FaultyFiles()
+    cache = open_cache(tmp_path / "slice", 16, ring=0, files=files)
+    layout = cache.store.checkpoint.expert(ExpertKey(1, 0))
+    small = min(layout.extents, key=lambda extent: extent.nbytes)
+    assert (len(layout.extents), small.nbytes) == (2, 24)
+    data = bytearray(small.file.read_bytes())
+    small.file.write_bytes(bytes(data[: small.offset]) + bytes(24) + bytes(data[small.offset + 24 :]))
+    with pytest.raises(CheckpointError, match="weight_shape holds"), cache.lease(1, [0]) as lease:
+        take_all(lease)
+    small.file.write_bytes(data)
+    with cache.lease(1, [0]) as lease:
+        take_all(lease)
+    files.reads.clear()
+    with cache.lease(1, [0, 1, 2, 3]) as lease:
+        found = take_all(lease)
+    assert all(offset != small.offset // PAGE_BYTES * PAGE_BYTES for _, offset in files.reads)
+    for number, weights in found.items():
+        alone = cache.store.checkpoint.expert(ExpertKey(1, number))
+        for mine, theirs in zip(weights, expert_weights(alone, read_extents(alone)), strict=True):
+            assert all(torch.equal(part, theirs.parts[suffix]) for suffix, part in mine.parts.items())
 
 
 def test_an_arena_is_whole_pages_on_page_boundaries() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from k2lite.quant import direct_reading, direct_writing
-from k2lite.quant.direct_reading import PAGE, read_direct
+from k2lite.quant.direct_reading import PAGE, read_direct, read_direct_into
 from k2lite.quant.direct_writing import DirectWriter
 from k2lite.quant.errors import CheckpointError
 from tests.samples import examples
@@ -35,6 +36,11 @@ def test_any_range_is_read(
     data = noise(20_000)
     (tmp_path / "file").write_bytes(data)
     assert read_direct(tmp_path / "file", offset, nbytes, "tensor a").numpy().tobytes() == data[offset:][:nbytes]
+    monkeypatch.setattr(direct_reading, "_STAGE_BYTES", 2 * PAGE)
+    monkeypatch.setattr(direct_reading, "_thread", threading.local())
+    into = torch.zeros(nbytes + 3, dtype=torch.uint8)
+    read_direct_into(tmp_path / "file", offset, into[1:-2], "tensor a")
+    assert into.numpy().tobytes() == b"\0" + data[offset:][:nbytes] + b"\0\0"
 
 
 def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
@@ -43,6 +49,8 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
         read_direct(tmp_path / "file", PAGE, 11, "tensor a")
     with pytest.raises(CheckpointError, match="absent: tensor a can't be read: No such file"):
         read_direct(tmp_path / "absent", 0, 1, "tensor a")
+    with pytest.raises(CheckpointError, match="file: tensor a: found 10 of 11 bytes at offset 4096"):
+        read_direct_into(tmp_path / "file", PAGE, torch.zeros(11, dtype=torch.uint8), "tensor a")
 
 
 @given(

@@ -1,0 +1,1 @@
+"""What bench_tiers.py is made of."""
