@@ -97,18 +97,20 @@ def test_a_forked_child_is_refused_with_a_message() -> None:
 
 # One job of a thousand million tasks; all but the first have nothing to do, which still takes a minute.
 LONG_JOB = """
-import numpy as np, torch
+import torch
 from k2lite.backends.cpu.activations import INT4, prepare
 from k2lite.backends.cpu.compute_team import ComputeTeam
 team, x, out = ComputeTeam(), torch.ones(32), torch.empty(4096, dtype=torch.uint8)
-table = np.array([x.data_ptr()], np.int64)
+table = torch.empty(1, dtype=torch.int64)
 prepare.address
 print("ready", flush=True)
+def run(pieces, tasks):
+    team.launch(prepare, [x.data_ptr(), 0, 32, out.data_ptr(), 0, INT4, pieces, 0, table.data_ptr(), 0, 0, 0], tasks)
 try:
-    team.launch(prepare, [table.ctypes.data, 32, out.data_ptr(), 0, INT4, 10**12], 10**9)
+    run(10**12, 10**9)
     print("finished")
 except KeyboardInterrupt:
-    team.launch(prepare, [table.ctypes.data, 32, out.data_ptr(), 0, INT4, 1], 1)
+    run(1, 1)
     print("interrupted")
 """
 
