@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from k2lite.backends.cpu.backend import CpuBackend
 from k2lite.backends.cpu.compute_team import ComputeTeam
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.engine import Chunk, Sequence
+from tools.peer_process import Peer
 
 OPERATIONS = ("linear", "mlp", "expert_ffn", "rms_norm", "rope", "router", "combine", "attention")
 PROMPT = 128
@@ -129,26 +129,6 @@ def kernel_seconds(backend: CpuBackend, operations: list[tuple[str, tuple[Any, .
     return sum(times), len(times)
 
 
-class Peer:
-    """llama.cpp in its own process."""
-
-    def __init__(self, python: str, gguf: str, threads: int) -> None:
-        command = [python, "-c", PEER, gguf, str(threads)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-
-    def seconds(self, tokens: int) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{tokens}\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
 def measure_step(decoding: Decoding, repeats: int) -> dict[str, float]:
     backend = decoding.engine.backend
     assert isinstance(backend, CpuBackend)
@@ -221,9 +201,9 @@ def main() -> int:
             decoding.step()  # most experts are read at their first use
         tell("slice", measure_step(decoding, args.repeats))
         if args.gguf and args.llama_python:
-            peer = Peer(args.llama_python, args.gguf, engine.backend.threads)  # type: ignore[attr-defined]
-            tell("peer", measure_beside(decoding, peer, max(3, args.repeats // TURN)))
-            peer.close()
+            threads = engine.backend.threads  # type: ignore[attr-defined]
+            with Peer(args.llama_python, PEER, args.gguf, str(threads)) as peer:
+                tell("peer", measure_beside(decoding, peer, max(3, args.repeats // TURN)))
     if args.json:
         print(json.dumps({"torch": torch.__version__, "cases": results}))
     return 0
