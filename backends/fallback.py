@@ -58,6 +58,9 @@ class FallbackBackend(Backend):
             arithmetic=f"{own.arithmetic}, plain torch where it has none",
         )
 
+    def close(self) -> None:
+        self._inner.close()
+
     def memory(self) -> Memory:
         return self._inner.memory()
 

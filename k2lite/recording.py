@@ -46,6 +46,9 @@ class RecordingBackend(Backend):
     def capabilities(self) -> Capabilities:
         return self._backend.capabilities()
 
+    def close(self) -> None:
+        self._backend.close()
+
     def memory(self) -> Memory:
         return self._backend.memory()
 
