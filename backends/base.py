@@ -159,6 +159,9 @@ class Backend(ABC):
 
     # -- optional, with defaults --------------------------------------------------------------------------------
 
+    def close(self) -> None:  # noqa: B027 (most backends keep nothing running)
+        """End what the backend keeps running; it is of no use afterwards. A second call does nothing."""
+
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values in the device's memory."""
         bytes_there = self.alloc(tensor.nbytes)

@@ -25,6 +25,9 @@ class ForwardingBackend(Backend):
     def capabilities(self) -> Capabilities:
         return self._inner.capabilities()
 
+    def close(self) -> None:
+        self._inner.close()
+
     def memory(self) -> Memory:
         return self._inner.memory()
 

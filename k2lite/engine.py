@@ -103,6 +103,7 @@ class Engine:
         *,
         guard: MemoryGuard,
         device: torch.device,
+        owns_backend: bool,
         stop_ids: frozenset[int],
         recommended_sampling: SamplingParams,
         tokenizer: Tokenizer,
@@ -117,6 +118,7 @@ class Engine:
         self._guard = guard
         self._model = model
         self._device = device
+        self._owns_backend = owns_backend
 
     @property
     def backend(self) -> Backend:
@@ -136,9 +138,11 @@ class Engine:
         self.experts.recall(self.experts.learned())
 
     def close(self) -> None:
-        """End the reading threads and close the weight files; the engine is of no use afterwards. An engine that is
-        dropped closes by itself."""
+        """End the threads that read and, where the backend was opened for this engine, those that compute, and close
+        the weight files; the engine is of no use afterwards. An engine that is dropped closes by itself."""
         self.experts.close()
+        if self._owns_backend:
+            self._model.backend.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -131,6 +131,7 @@ def load(
         placement,
         guard=MemoryGuard(device.memory, experts, placement.slot_bytes),
         device=device.device,
+        owns_backend=isinstance(backend, str),
         stop_ids=stop_ids,
         recommended_sampling=recommended,
         tokenizer=tokenizer,

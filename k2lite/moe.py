@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden, K active experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -45,17 +46,31 @@ def moe_block(
 
     `look_ahead` is called with the shared expert's result [T, D] as soon as this layer's reads are under way."""
     ids, expert_weights = backend.router(x, weights.router, weights.e_score_correction_bias, rule)
-    recent = None if len(ids) <= DECODE_TOKENS else RECENT_TOKENS
+    recent = None if ids.shape[0] <= DECODE_TOKENS else RECENT_TOKENS
     experts.observe(layer, ids, expert_weights, recent=recent)
     keep = None if recent is None else torch.unique(ids[-recent:]).tolist()
     out = x.new_empty(*ids.shape, x.shape[-1])
-    with experts.lease(layer, torch.unique(ids).tolist(), keep) as lease:
+    tokens_of = tokens_by_expert(ids)
+    with experts.lease(layer, list(tokens_of), keep) as lease:
         shared = backend.mlp(x, weights.shared_experts)
         look_ahead(shared)
         for group in lease.ready():
-            work = [Assignment(expert, *torch.where(ids == number)) for number, expert in group.items()]
+            work = [Assignment(expert, *tokens_of[number]) for number, expert in group.items()]
             backend.expert_ffn(x, work, out).wait()
     return backend.combine(out, expert_weights, shared)
+
+
+def tokens_by_expert(ids: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """For each expert in ids int64 [T, K], in ascending order, where it was chosen: rows and slots, int64 [n] each."""
+    if ids.shape[0] == 1:
+        rows, slots = torch.zeros_like(ids), torch.arange(ids.shape[1], device=ids.device)
+        return dict(zip(ids[0].tolist(), zip(rows.T.unbind(), slots[:, None].unbind(), strict=True), strict=True))
+    flat = ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    numbers, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    rows, slots = order // ids.shape[1], order % ids.shape[1]
+    bounds = pairwise([0, *torch.cumsum(counts, 0).tolist()])
+    return {number: (rows[a:b], slots[a:b]) for number, (a, b) in zip(numbers.tolist(), bounds, strict=True)}
 
 
 def guess_experts(x: torch.Tensor, weights: MoeWeights, backend: Backend, count: int) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,7 @@ class RopeConfig:
             return 1.0
         return _mscale(self.yarn.factor, self.yarn.mscale) / _mscale(self.yarn.factor, self.yarn.mscale_all_dim)
 
+    @cache  # noqa: B019 (a config lives as long as its model, and there are few)
     def frequencies(self) -> npt.NDArray[np.float64]:
         """Radians a position for each pair, float64 [dim / 2]."""
         steps = np.arange(0, self.dim, 2, dtype=np.float64)

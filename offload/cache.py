@@ -82,6 +82,7 @@ class ExpertCache(ExpertSource):
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._layers = tuple(layers)
         self._table: dict[ExpertKey, Held] = {}
+        self._guesses: dict[ExpertKey, Held] = {}  # those of the table that are guesses
         self._free = list(range(arena.slots - ring))[::-1]
         self._ring = list(range(arena.slots - ring, arena.slots))[::-1]
         self._slots_left, self._fewest = arena.slots, fewest
@@ -111,7 +112,7 @@ class ExpertCache(ExpertSource):
         if row == 0:
             self.governor.token_over()
         rows = ids if recent is None else ids[-recent:]
-        chosen = torch.unique(rows).tolist()
+        chosen = sorted(set(rows.flatten().tolist()))
         self.policy.observe(row, chosen)
         if recent is None:
             self.predictor.observe(row, chosen)
@@ -181,6 +182,7 @@ class ExpertCache(ExpertSource):
             return None
         if held.is_guess:
             held.is_guess = False
+            del self._guesses[key]
             if held.weights is not None:
                 self._counters.prefetch.useful += 1
             else:
@@ -249,7 +251,7 @@ class ExpertCache(ExpertSource):
     @uninterrupted()
     def settle(self, layer: int) -> None:
         """The layer's experts are known now: guesses that were wrong make room."""
-        for held in [held for held in self._table.values() if held.is_guess and held.key.layer == layer]:
+        for held in [held for held in self._guesses.values() if held.key.layer == layer]:
             self._drop_guess(held)
 
     def collect(self, *, wait: bool = False) -> None:
@@ -306,6 +308,8 @@ class ExpertCache(ExpertSource):
             self._return_slot(held)
             raise
         self._table[key] = held
+        if is_guess:
+            self._guesses[key] = held
         self._reading += 1
         return held
 
@@ -348,7 +352,7 @@ class ExpertCache(ExpertSource):
         return held.slot
 
     def _drop_guesses(self) -> None:
-        for held in [held for held in self._table.values() if held.is_guess]:
+        for held in list(self._guesses.values()):
             self._drop_guess(held)
 
     def _drop_guess(self, held: Held) -> None:
@@ -367,6 +371,7 @@ class ExpertCache(ExpertSource):
 
     def _forget(self, held: Held) -> None:
         del self._table[held.key]
+        self._guesses.pop(held.key, None)
         self._return_slot(held)
 
     def _return_slot(self, held: Held) -> None:

@@ -111,7 +111,7 @@ class CacheLease(Lease):
         if self._keep is not None and not self._todo:
             self._cache.read_on(members[0].key.layer, self._asked)
         for held in members:
-            if self._keeps(held.key):
+            if held.in_ring and self._keeps(held.key):
                 self._cache.keep(held)
         yield {held.key.expert: held.weights for held in members if held.weights is not None}
         if not self._released and self._in_waves:

@@ -46,19 +46,30 @@ class RouterStats:
         the same number of tokens just now is taken to have had the same tokens."""
         row, chosen = self._row[layer], ids.cpu().numpy()
         n_tokens, self.top_k = chosen.shape
-        flat = chosen.ravel()
-        np.add.at(self.counts[row], flat, 1)
-        np.add.at(self.uses[row], flat, 1.0)
-        np.add.at(self.weight_sums[row], flat, weights.cpu().numpy().ravel())
-        ages = np.arange(n_tokens - 1, -1, -1)
-        for index, decay in enumerate(self._decay):
-            counts = self.recent[row, index]
-            counts *= decay**n_tokens
-            np.add.at(counts, flat, np.repeat(decay**ages, self.top_k))
+        sums, flat = weights.cpu().numpy(), chosen.ravel()
+        if n_tokens == 1:  # nothing is named twice, so plain additions do
+            self.counts[row, flat] += 1
+            self.uses[row, flat] += 1.0
+            self.weight_sums[row, flat] += sums[0]
+            self.recent[row] *= self._decay[:, None]
+            self.recent[row][:, flat] += 1
+        else:
+            np.add.at(self.counts[row], flat, 1)
+            np.add.at(self.uses[row], flat, 1.0)
+            np.add.at(self.weight_sums[row], flat, sums.ravel())
+            ages = np.arange(n_tokens - 1, -1, -1)
+            for index, decay in enumerate(self._decay):
+                counts = self.recent[row, index]
+                counts *= decay**n_tokens
+                np.add.at(counts, flat, np.repeat(decay**ages, self.top_k))
         if self._previous is not None:
             row_before, before = self._previous
             if row_before == row - 1 and len(before) == n_tokens:
-                np.add.at(self.follows[row_before], (before[:, :, None], chosen[:, None, :]), 1)
+                pairs = self.follows[row_before]
+                if n_tokens == 1:
+                    pairs[before[0][:, None], flat] += 1
+                else:
+                    np.add.at(pairs, (before[:, :, None], chosen[:, None, :]), 1)
         self._previous = row, chosen
 
     @property

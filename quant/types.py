@@ -6,9 +6,9 @@ Plain frozen data. Knows nothing of files being open, of devices or of arithmeti
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -47,11 +47,13 @@ class PartView:
 @dataclass(frozen=True, slots=True)
 class QuantTensor:
     """A weight matrix as stored. `shape` is [out, in]; `parts` are named by the checkpoint's own suffixes
-    ("weight", "weight_scale_inv", "weight_packed", ...)."""
+    ("weight", "weight_scale_inv", "weight_packed", ...). `derived` is a backend's, for what it works out once from the
+    others; it lives as long as they do and is not copied."""
 
     format: QuantFormat
     shape: tuple[int, ...]
     parts: Mapping[str, torch.Tensor]
+    derived: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

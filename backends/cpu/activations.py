@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compiler import kernel
-from .pointers import get64
+from .pointers import get64, set64
 from .vector import (
     F32,
     F32X4,
@@ -148,16 +148,23 @@ def spread_block_rounded(typingctx, address, valid, target):
     return _spread(True)
 
 
-PIECE = 1024  # inputs that a task prepares
+PIECE = 2048  # inputs that a task prepares
 
 
-# arguments: table of row addresses, floats in a row, first output, bytes from output to output, how, tasks of a row
+# arguments: first row, bytes from row to row, floats in a row, first prepared row, bytes of one, how, tasks of a row,
+# numbers of the rows that are taken (0: all), table of prepared rows to fill, the same of results (0: none), first
+# result, bytes from result to result
 @kernel(3)
 def prepare(arguments, task, _scratch):
     """Prepare PIECE inputs of a row."""
-    row, begin = task // get64(arguments, 5), task % get64(arguments, 5) * PIECE
-    source, count = get64(get64(arguments, 0), row), get64(arguments, 1)
-    target, how = get64(arguments, 2) + row * get64(arguments, 3), get64(arguments, 4)
+    row, begin = task // get64(arguments, 6), task % get64(arguments, 6) * PIECE
+    target, how, count = get64(arguments, 3) + row * get64(arguments, 4), get64(arguments, 5), get64(arguments, 2)
+    taken = get64(get64(arguments, 7), row) if get64(arguments, 7) else row
+    source = get64(arguments, 0) + taken * get64(arguments, 1)
+    if not begin:
+        set64(get64(arguments, 8) + 8 * row, target)
+        if get64(arguments, 9):
+            set64(get64(arguments, 9) + 8 * row, get64(arguments, 10) + row * get64(arguments, 11))
     if how in (INT4, INT8):
         end = min(begin + PIECE, (count + CHUNK - 1) // CHUNK * CHUNK)
         for group in range(begin // GROUP, end // GROUP):

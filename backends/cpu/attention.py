@@ -12,6 +12,8 @@ Shapes: T tokens, H heads, N cached positions, R latent width, P rotary width, V
 
 from __future__ import annotations
 
+from functools import cache
+
 import numba
 import numpy as np
 from numba import types
@@ -24,7 +26,7 @@ from .float_linear import row_to_floats
 from .float_tiles import blocks_by_four, finish_rows
 from .functions import exp
 from .matrix import IN
-from .pointers import copy_bytes, get64, getf, setf, zero_bytes
+from .pointers import copy_bytes, get64, getf, set64, setf, zero_bytes
 from .vector import (
     F32,
     F32X16,
@@ -155,11 +157,23 @@ def divide_row(typingctx, row, count, divisor):
 
 # -- the three jobs -----------------------------------------------------------------------------------------------
 
-# The fields of a call: kv_b, tokens, heads, nope, rotary, value widths; tables: of queries' rows [T * H], of rotary
-# rows [T * H]; whole queries [T * H, padded], their width; table of latents [T, (address, positions)], latent width;
-# heads of a task; mixed latents [T * H, padded], their bytes; address of the scale; results [T, H, V]
-(KV_B, TOKENS, HEADS, NOPE, ROTARY, VALUE, Q_NOPE, Q_ROPE, QUERIES, QUERY_BYTES, LATENTS, LATENT, GROUP, MIXED,
- MIXED_BYTES, SCALE, RESULTS) = range(17)  # fmt: skip
+# The fields of a call: kv_b, tokens, heads, nope, rotary, value widths; queries, their bytes from token to token and
+# from head to head; the same for rotary parts; whole queries [T * H, padded], their width; table of latents [T,
+# (address, positions)], latent width; heads of a task; mixed latents [T * H, padded], their bytes; address of the
+# scale; results [T, H, V]
+(KV_B, TOKENS, HEADS, NOPE, ROTARY, VALUE, Q_NOPE, NOPE_TOKEN, NOPE_HEAD, Q_ROPE, ROPE_TOKEN, ROPE_HEAD, QUERIES,
+ QUERY_BYTES, LATENTS, LATENT, GROUP, MIXED, MIXED_BYTES, SCALE, RESULTS) = range(21)  # fmt: skip
+
+
+# arguments: segments [n, 4] (first and last row of the batch, latents, positions before), table of latents
+@kernel(3)
+def place_latents(arguments, task, _scratch):
+    """Where a segment's tokens find their latents, and how many of them each sees."""
+    segment = get64(arguments, 0) + 32 * task
+    for i in range(get64(segment, 1) - get64(segment, 0)):
+        at = get64(arguments, 1) + 16 * (get64(segment, 0) + i)
+        set64(at, get64(segment, 2))
+        set64(at + 8, get64(segment, 3) + 1 + i)
 
 
 @kernel(3)
@@ -176,9 +190,10 @@ def absorb(arguments, head, scratch):
         at = t * heads + head
         query = get64(arguments, QUERIES) + at * width
         zero_bytes(query, width)
-        source = get64(get64(arguments, Q_NOPE), at)
+        source = get64(arguments, Q_NOPE) + t * get64(arguments, NOPE_TOKEN) + head * get64(arguments, NOPE_HEAD)
         weighted_rows(scratch, blocks * BLOCK_BYTES, source, nope, np.float32(1), rank, query)
-        copy_bytes(query + rank * 4, get64(get64(arguments, Q_ROPE), at), get64(arguments, ROTARY) * 4)
+        rope = get64(arguments, Q_ROPE) + t * get64(arguments, ROPE_TOKEN) + head * get64(arguments, ROPE_HEAD)
+        copy_bytes(query + rank * 4, rope, get64(arguments, ROTARY) * 4)
 
 
 @numba.njit(error_model="numpy")
@@ -273,6 +288,7 @@ def make_values(arguments, head, scratch):
                 copy_bytes(to, spare, 4 * min(4, value - v))
 
 
+@cache
 def attention_scratch_bytes(rank: int, latent: int, nope: int) -> int:
     """The most of the three jobs."""
     padded = -(-rank // BLOCK) * BLOCK_BYTES

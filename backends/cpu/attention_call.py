@@ -1,21 +1,22 @@
-"""What the attention kernels are given: segments and queries as tables of addresses.
+"""Attention as a program for the team: segments and queries as addresses.
 
 Invariant: at most TOKENS tokens at once, which bounds the memory for whole queries; a token's bits don't depend on it.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from k2lite.backends.base import Segment
 
 from .activations import BLOCK, BLOCK_BYTES
-from .attention import MOST_HEADS, absorb, attend, attention_scratch_bytes, make_values
-from .compute_team import ComputeTeam
-from .matrix import IN, Integers
+from .attention import MOST_HEADS, absorb, attend, attention_scratch_bytes, make_values, place_latents
+from .compute_team import ComputeTeam, phase
+from .matrix import Matrix
+from .preparation import is_small
 
 TOKENS = 256
 
@@ -25,63 +26,60 @@ def run_attention(
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,
     segments: Sequence[Segment],
-    kv_b: list[int],
+    kv_b: Matrix,
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Write out [T, H, V]; kv_b is the matrix's fields."""
-    matrix = np.array(kv_b, np.int64)
-    places, latent = _latents(segments, len(q_nope))
-    for begin in range(0, len(q_nope), TOKENS):
-        some = slice(begin, begin + TOKENS)
-        _some(team, q_nope[some], q_rope[some], places[some], latent, matrix, scale, out[some])
+    """Write out [T, H, V]."""
+    with team:
+        _run(team, q_nope, q_rope, segments, kv_b, scale, out)
 
 
-def _latents(segments: Sequence[Segment], tokens: int) -> tuple[Integers, int]:
-    """For each token the address of its sequence's latents and how many it sees; and the width of a latent."""
-    places = np.empty((tokens, 2), np.int64)
-    for segment in segments:
-        if segment.latent.stride() != (segment.latent.shape[1], 1) or segment.latent.dtype != torch.float32:
-            raise ValueError("latents are float32 rows that lie one behind another")
-        past = segment.latent.shape[0] - (segment.stop - segment.start)
-        places[segment.start : segment.stop, 0] = segment.latent.data_ptr()
-        places[segment.start : segment.stop, 1] = past + 1 + np.arange(segment.stop - segment.start)
-    return places, segments[0].latent.shape[1]
-
-
-def _some(
+def _run(
     team: ComputeTeam,
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,
-    places: Integers,
-    latent: int,
-    matrix: Integers,
+    segments: Sequence[Segment],
+    kv_b: Matrix,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     tokens, heads, nope = q_nope.shape
-    rank, value = int(matrix[IN]), out.shape[2]
+    rank, value, latent = kv_b.columns, out.shape[2], segments[0].latent.shape[1]
     query_bytes, mixed_bytes = (-(-width // BLOCK) * BLOCK_BYTES for width in (latent, rank))
-    queries = torch.empty(tokens * heads, query_bytes, dtype=torch.uint8)
+    rows = min(tokens, TOKENS) * heads
     # the values' job reads whole blocks; the last ones are zero behind the latent's end
-    mixed = torch.empty(tokens * heads, mixed_bytes, dtype=torch.uint8)
-    tables = [_head_rows(q_nope), _head_rows(q_rope), np.ascontiguousarray(places)]
-    scales = np.array([scale], np.float32)
-    # few tokens: heads are shared out among threads; else a token is a task
-    each = min(MOST_HEADS, heads if tokens >= team.threads else -(-heads // team.threads))
-    arguments = [
-        matrix.ctypes.data, tokens, heads, nope, q_rope.shape[2], value, tables[0].ctypes.data, tables[1].ctypes.data,
-        queries.data_ptr(), query_bytes, tables[2].ctypes.data, latent, each, mixed.data_ptr(), mixed_bytes,
-        scales.ctypes.data, out.data_ptr(),
-    ]  # fmt: skip
-    scratch = attention_scratch_bytes(rank, latent, nope)
-    team.launch(absorb, arguments, heads, scratch)
-    team.launch(attend, arguments, tokens * -(-heads // each), scratch)
-    team.launch(make_values, arguments, heads, scratch)
+    queries = team.room(rows * (query_bytes + mixed_bytes) + 16 * tokens)
+    mixed = queries + rows * query_bytes
+    table = mixed + rows * mixed_bytes
+    places, scales = _places(segments), array("f", [scale])
+    nope_token, nope_head, rope_token, rope_head = (4 * step for x in (q_nope, q_rope) for step in x.stride()[:2])
+    seen = sum((segment.stop - segment.start) * segment.latent.shape[0] for segment in segments)
+    small = is_small(2 * tokens * kv_b.nbytes + 8 * heads * seen * latent)
+    program = phase(place_latents, [places.buffer_info()[0], table], len(segments), alone=True)
+    for begin in range(0, tokens, TOKENS):
+        some = min(TOKENS, tokens - begin)
+        # few tokens: heads are shared out among threads; else a token is a task
+        each = min(MOST_HEADS, heads if some >= team.threads else -(-heads // team.threads))
+        arguments = [
+            kv_b.address, some, heads, nope, q_rope.shape[2], value,
+            q_nope.data_ptr() + begin * nope_token, nope_token, nope_head,
+            q_rope.data_ptr() + begin * rope_token, rope_token, rope_head,
+            queries, query_bytes, table + 16 * begin, latent, each, mixed, mixed_bytes, scales.buffer_info()[0],
+            out.data_ptr() + 4 * begin * heads * value,
+        ]  # fmt: skip
+        program += phase(absorb, arguments, heads, alone=small)
+        program += phase(attend, arguments, some * -(-heads // each), alone=small)
+        program += phase(make_values, arguments, heads, alone=small)
+    team.run(program, attention_scratch_bytes(rank, latent, nope))
 
 
-def _head_rows(x: torch.Tensor) -> Integers:
-    """Where each row of x [T, H, n] begins, [T * H]."""
-    token, head = (step * x.element_size() for step in x.stride()[:2])
-    starts = token * np.arange(x.shape[0], dtype=np.int64)[:, None] + head * np.arange(x.shape[1], dtype=np.int64)
-    return x.data_ptr() + starts.ravel()
+def _places(segments: Sequence[Segment]) -> array[int]:
+    """[n, 4]: first row, end, address of the latents, positions before."""
+    places = array("q")
+    for segment in segments:
+        latent, rows = segment.latent, segment.stop - segment.start
+        if latent.stride() != (latent.shape[1], 1) or latent.dtype != torch.float32:
+            raise ValueError("latents are float32 rows that lie one behind another")
+        places.extend((segment.start, segment.stop, latent.data_ptr(), latent.shape[0] - rows))
+    return places

@@ -5,10 +5,10 @@ Invariant: a token's result has the same bits for any batch, chunk, thread count
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from k2lite.backends.base import DONE, Assignment, Backend, Capabilities, Event, Memory, RoutingRule, Segment
@@ -16,16 +16,16 @@ from k2lite.backends.host_memory import ask_for_large_pages, host_memory
 from k2lite.quant.errors import RequestError
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
-from .activations import PIECE, prepare, prepared_bytes
 from .attention_call import run_attention
 from .compiler import compile_all
-from .compute_team import ComputeTeam
-from .elementwise import COLUMNS, choose_experts, combine, rms_norm
-from .expert_table import expert_table, one_preparation
-from .experts import down, expert_scratch_bytes, gate_up, silu_rows
+from .compute_team import ComputeTeam, phase
+from .elementwise import COLUMNS, choose_experts, combine, rms_norm, rotate
+from .expert_call import ExpertCall, expert_call, run_experts
+from .experts import silu_rows
 from .int_linear import ROWS
-from .matrix import IN, OUT, matrix_fields, preparation
+from .matrix import Matrix, matrix_of
 from .multiply import linear_rows, multiply, multiply_scratch_bytes
+from .preparation import is_small, prepare_rows
 from .spec import capabilities
 
 ACTIVATIONS = ("int8", "bf16")
@@ -68,59 +68,83 @@ class CpuBackend(Backend):
         dst.copy_(src)
         return DONE
 
+    def close(self) -> None:
+        self._team.close()
+
     def linear(self, x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
-        x = _rows(x)
-        out = torch.empty(len(x), weight.shape[0])
-        if not out.numel():
-            return out
-        fields = matrix_fields(weight, self._rounded)
-        matrix = np.array(fields, np.int64)
-        prepared = self._prepare(x, preparation(fields, self._rounded))
-        tokens, outputs = addresses(prepared), addresses(out)
-        arguments = [multiply.address, matrix.ctypes.data, tokens.ctypes.data, len(x), outputs.ctypes.data]
-        tasks = -(-fields[OUT] // ROWS)
-        self._team.launch(linear_rows, arguments, tasks, multiply_scratch_bytes(fields[IN]))
+        x, matrix = _rows(x), matrix_of(weight, self._rounded)
+        out = torch.empty(x.shape[0], matrix.out)
+        if out.numel():
+            with self._team as team:
+                team.run(self._product(x, matrix, out), multiply_scratch_bytes(matrix.columns))
         return out
 
     def mlp(self, x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
         x = _rows(x)
-        if not len(x):
-            return torch.empty(0, weights.down_proj.shape[0])
-        out = torch.empty(len(x), 1, weights.down_proj.shape[0])
-        if one_preparation(weights, self._rounded):
-            rows = torch.arange(len(x))
-            self._experts(x, [Assignment(weights, rows, torch.zeros_like(rows))], out)
-            return out[:, 0]
-        return self.linear(self._swiglu(x, weights), weights.down_proj)
+        tokens = x.shape[0]
+        out = torch.empty(tokens, weights.down_proj.shape[0])
+        if not tokens:
+            return out
+        call = expert_call(weights, None, None, tokens, self._rounded)
+        if call is None:
+            return self.linear(self._swiglu(x, weights), weights.down_proj)
+        run_experts(self._team, x, [call], out[:, None])
+        return out
 
     def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
         x = _rows(x)
-        for group in _alike([item for item in work if len(item.rows)]):
-            if one_preparation(group[0].expert, self._rounded):
-                self._experts(x, group, out)
-            else:
-                super().expert_ffn(x, group, out)
+        groups: dict[tuple[int, int, int], list[ExpertCall]] = {}
+        for item in work:
+            count = item.rows.shape[0]
+            call = expert_call(item.expert, item.rows.contiguous(), item.slots.contiguous(), count, self._rounded)
+            if call is None:
+                super().expert_ffn(x, [item], out)
+            elif count:
+                groups.setdefault(call.alike, []).append(call)
+        for calls in groups.values():
+            run_experts(self._team, x, calls, out)
         return DONE
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x = _rows(x)
-        out, number = torch.empty(x.shape), np.array([eps], np.float32)
-        arguments = [x.data_ptr(), x.stride(0) * 4, x.shape[1], weight.data_ptr(), number.ctypes.data, out.data_ptr()]
-        self._team.launch(rms_norm, arguments, len(x))
+        tokens, columns = x.shape
+        out, number = torch.empty(tokens, columns), array("f", [eps])
+        arguments = [
+            x.data_ptr(), 4 * x.stride(0), columns, weight.data_ptr(), number.buffer_info()[0], out.data_ptr(),
+        ]  # fmt: skip
+        self._team.run(phase(rms_norm, arguments, tokens, alone=is_small(4 * tokens * columns)))
+        return out
+
+    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if x.dim() not in (2, 3) or x.stride(-1) != 1 or x.dtype != torch.float32:
+            return super().rope(x, cos, sin)
+        cos, sin, out = cos.contiguous(), sin.contiguous(), torch.empty(x.shape)
+        tokens, heads, width = x.shape[0], 1 if x.dim() == 2 else x.shape[1], x.shape[-1]
+        arguments = [
+            x.data_ptr(), 4 * x.stride(0), 4 * x.stride(-2), heads, width // 2, cos.data_ptr(), sin.data_ptr(),
+            out.data_ptr(),
+        ]  # fmt: skip
+        self._team.run(phase(rotate, arguments, tokens, alone=is_small(8 * x.numel())))
         return out
 
     def router(
         self, x: torch.Tensor, weight: QuantTensor, bias: torch.Tensor, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted, logits = rule.num_experts_per_tok, self.linear(x, weight)
-        ids = torch.empty(len(x), wanted, dtype=torch.int64)
-        weights = torch.empty(len(x), wanted)
-        factor = np.array([rule.routed_scaling_factor], np.float32)
+        x, matrix = _rows(x), matrix_of(weight, self._rounded)
+        tokens, experts, wanted = x.shape[0], matrix.out, rule.num_experts_per_tok
+        ids = torch.empty(tokens, wanted, dtype=torch.int64)
+        weights = torch.empty(tokens, wanted)
+        if not tokens:
+            return ids, weights
+        logits, factor = torch.empty(tokens, experts), array("f", [rule.routed_scaling_factor])
         arguments = [
-            logits.data_ptr(), bias.data_ptr(), ids.data_ptr(), weights.data_ptr(), logits.shape[1], wanted,
-            rule.n_group, rule.topk_group, rule.norm_topk_prob, factor.ctypes.data,
+            logits.data_ptr(), bias.data_ptr(), ids.data_ptr(), weights.data_ptr(), experts, wanted,
+            rule.n_group, rule.topk_group, rule.norm_topk_prob, factor.buffer_info()[0],
         ]  # fmt: skip
-        self._team.launch(choose_experts, arguments, len(x), 24 * logits.shape[1])
+        choice = phase(choose_experts, arguments, tokens, alone=is_small(16 * tokens * wanted * experts))
+        with self._team as team:
+            program = self._product(x, matrix, logits) + choice
+            team.run(program, max(multiply_scratch_bytes(matrix.columns), 24 * experts))
         return ids, weights
 
     def combine(self, out: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
@@ -128,7 +152,8 @@ class CpuBackend(Backend):
         tokens, experts, columns = out.shape
         total, pieces = torch.empty(tokens, columns), -(-columns // COLUMNS)
         pointers = [tensor.data_ptr() for tensor in (out, weights, shared, total)]
-        self._team.launch(combine, [*pointers, experts, columns, pieces], tokens * pieces)
+        arguments = [*pointers, experts, columns, pieces]
+        self._team.run(phase(combine, arguments, tokens * pieces, alone=is_small(4 * out.numel())))
         return total
 
     def attention(
@@ -142,37 +167,20 @@ class CpuBackend(Backend):
         tokens, heads, nope = q_nope.shape
         out = torch.empty(tokens, heads, kv_b.shape[0] // heads - nope)
         if tokens:
-            fields = matrix_fields(kv_b, self._rounded)
-            run_attention(self._team, q_nope, q_rope, segments, fields, scale, out)
+            queries = _rows(q_nope), _rows(q_rope)
+            run_attention(self._team, *queries, segments, matrix_of(kv_b, self._rounded), scale, out)
         return out
 
-    def _experts(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> None:
-        """Experts of equal shapes and formats."""
-        gate = matrix_fields(work[0].expert.gate_proj, self._rounded)
-        counts = [len(item.rows) for item in work]
-        if sum(counts) < len(x):  # a few experts of a large batch: only their tokens
-            wanted = torch.cat([item.rows for item in work])
-            prepared = self._prepare(x[wanted], preparation(gate, self._rounded))
-            places = np.split(addresses(prepared), np.cumsum(counts)[:-1])
-        else:
-            prepared = self._prepare(x, preparation(gate, self._rounded))
-            each = addresses(prepared)
-            places = [each[item.rows.numpy()] for item in work]
-        table = expert_table(work, places, out, self._rounded)
-        entries, scratch = table.entries.ctypes.data, expert_scratch_bytes(table.hidden, table.width)
-        blocks = -(-table.width // ROWS)
-        arguments = [
-            multiply.address,
-            entries,
-            blocks,
-            table.width,
-            table.inner_how,
-            table.inner_bytes,
-            table.inner_groups,
-        ]
-        self._team.launch(gate_up, arguments, len(work) * blocks, scratch)
-        blocks = -(-out.shape[-1] // ROWS)
-        self._team.launch(down, [multiply.address, entries, blocks], len(work) * blocks, scratch)
+    def _product(self, x: torch.Tensor, matrix: Matrix, out: torch.Tensor) -> list[int]:
+        """The program of out = x times the transpose of a matrix. It takes the team's room."""
+        tokens, columns = out.shape
+        prepared = self._team.room(tokens * (matrix.prepared_bytes + 16))
+        inputs = prepared + tokens * matrix.prepared_bytes
+        outputs = inputs + 8 * tokens
+        program = prepare_rows(x, None, tokens, matrix, prepared, inputs, (outputs, out.data_ptr(), 4 * columns))
+        arguments = [multiply.address, matrix.address, inputs, tokens, outputs]
+        small = is_small(tokens * matrix.nbytes)
+        return program + phase(linear_rows, arguments, -(-columns // ROWS), alone=small)
 
     def _swiglu(self, x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
         width = weights.gate_proj.shape[0]
@@ -183,32 +191,9 @@ class CpuBackend(Backend):
         self._team.launch(silu_rows, [gate, up, gate], padded[0].numel() // 32)
         return padded[0][:, :width]
 
-    def _prepare(self, x: torch.Tensor, how: int) -> torch.Tensor:
-        """Each row of x as kernels take it: uint8 [T, bytes]."""
-        prepared = torch.empty(len(x), prepared_bytes(x.shape[1], how), dtype=torch.uint8)
-        rows = addresses(x)
-        pieces = max(1, -(-x.shape[1] // PIECE))
-        arguments = [rows.ctypes.data, x.shape[1], prepared.data_ptr(), prepared.shape[1], how, pieces]
-        self._team.launch(prepare, arguments, len(x) * pieces)
-        return prepared
-
-
-def _alike(work: Sequence[Assignment]) -> list[list[Assignment]]:
-    """Assignments by their experts' formats and shapes, which decide the kernels' path."""
-    groups: dict[object, list[Assignment]] = {}
-    for item in work:
-        key = tuple((weight.format, weight.shape) for weight in item.expert)
-        groups.setdefault(key, []).append(item)
-    return list(groups.values())
-
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """float32 with contiguous rows."""
-    x = x.to(torch.float32)
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
     return x if x.stride(-1) == 1 or not x.numel() else x.contiguous()
-
-
-def addresses(rows: torch.Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where each row of a matrix begins."""
-    step = rows.stride(0) * rows.element_size()
-    return rows.data_ptr() + step * np.arange(len(rows), dtype=np.int64)

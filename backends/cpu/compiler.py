@@ -38,6 +38,7 @@ class Kernel:
         self.__name__ = function.__name__
         self._signature = f"void({', '.join(['int64'] * arguments)})"
         self._compiled: Any = None
+        self._address = 0
         _registered.append(self)
 
     @property
@@ -51,7 +52,9 @@ class Kernel:
 
     @property
     def address(self) -> int:
-        return int(self.compiled.address)
+        if not self._address:
+            self._address = int(self.compiled.address)
+        return self._address
 
 
 def kernel(arguments: int) -> Callable[[Callable[..., None]], Kernel]:

@@ -1,4 +1,4 @@
-"""Norms, the router's choice and the sum over experts: each row by itself, in one fixed order.
+"""Norms, rotation, the router's choice and the sum over experts: each row by itself, in one fixed order.
 
 A sum over a row runs over 16 lanes from left to right; the lanes are added as in the float products.
 """
@@ -89,6 +89,22 @@ def rms_norm(arguments, task, _scratch):
     count = get64(arguments, 2)
     source, target = get64(arguments, 0) + task * get64(arguments, 1), get64(arguments, 5) + task * count * 4
     norm_row(source, count, get64(arguments, 3), getf(get64(arguments, 4)), target)
+
+
+# arguments: rows [T, H, 2 P], bytes from token to token, from head to head, H, P, cosines [T, P], sines [T, P], results
+@kernel(3)
+def rotate(arguments, task, _scratch):
+    """A token's heads: pairs (a, b) to (a cos - b sin, a sin + b cos), each product and sum rounded."""
+    heads, pairs = get64(arguments, 3), get64(arguments, 4)
+    cosines, sines = get64(arguments, 5) + task * pairs * 4, get64(arguments, 6) + task * pairs * 4
+    for head in range(heads):
+        source = get64(arguments, 0) + task * get64(arguments, 1) + head * get64(arguments, 2)
+        target = get64(arguments, 7) + (task * heads + head) * pairs * 8
+        for pair in range(pairs):
+            a, b = getf(source + 8 * pair), getf(source + 8 * pair + 4)
+            cos, sin = getf(cosines + 4 * pair), getf(sines + 4 * pair)
+            setf(target + 8 * pair, a * cos - b * sin)
+            setf(target + 8 * pair + 4, a * sin + b * cos)
 
 
 @intrinsic

@@ -9,6 +9,8 @@ so it prepares that group itself. Invariant: an expert's result depends on its o
 
 from __future__ import annotations
 
+from functools import cache
+
 from numba import types
 from numba.extending import intrinsic
 
@@ -30,13 +32,15 @@ from .multiply import multiply_scratch_bytes
 from .pointers import call7, get64, set64
 from .vector import F32X16, load, offset, store
 
-# An expert's entry, 64-bit integers: addresses of its three matrices, how many tokens, the tables of their prepared
-# inputs and of their results, and where its prepared inner values lie: table, and first one.
-GATE, UP, DOWN, COUNT, INPUTS, RESULTS, INNER_TABLE, INNER, ENTRY = range(9)
+# An expert's entry, 64-bit integers: addresses of its three matrices, how many tokens, their rows and slots (0: rows 0,
+# 1, ..., slot 0), how many tokens all experts before it have; the tables of prepared inputs, of results and of prepared
+# inner values, and the first of those.
+GATE, UP, DOWN, COUNT, TOKEN_ROWS, SLOTS, BEFORE, INPUTS, RESULTS, INNER_TABLE, INNER, ENTRY = range(12)
 TOKENS = 256  # that a task takes at once
 _GATES, _UPS, _TABLES, _MULTIPLY = 0, TOKENS * 128, TOKENS * 256, TOKENS * 272
 
 
+@cache
 def expert_scratch_bytes(hidden: int, width: int) -> int:
     return _MULTIPLY + multiply_scratch_bytes(max(hidden, width))
 
@@ -54,7 +58,25 @@ def silu_times(typingctx, gate, up, target):
     return types.none(*[types.int64] * 3), codegen
 
 
-# arguments: multiply, entries, tasks of an expert, width, how inner values are prepared, bytes of a prepared row
+# arguments: entries, first prepared input, bytes of one, whether inputs lie by expert (else by token), first result,
+# bytes from token to token, from slot to slot, bytes of an inner row
+@kernel(3)
+def place_tokens(arguments, task, _scratch):
+    """Fill an expert's tables."""
+    entry = get64(arguments, 0) + task * (8 * ENTRY)
+    for i in range(get64(entry, COUNT)):
+        row, slot = i, 0
+        if get64(entry, TOKEN_ROWS):
+            row, slot = get64(get64(entry, TOKEN_ROWS), i), get64(get64(entry, SLOTS), i)
+        prepared = get64(entry, BEFORE) + i if get64(arguments, 3) else row
+        set64(get64(entry, INPUTS) + 8 * i, get64(arguments, 1) + prepared * get64(arguments, 2))
+        result = get64(arguments, 4) + row * get64(arguments, 5) + slot * get64(arguments, 6)
+        set64(get64(entry, RESULTS) + 8 * i, result)
+        set64(get64(entry, INNER_TABLE) + 8 * i, get64(entry, INNER) + i * get64(arguments, 7))
+
+
+# arguments: multiply, entries, tasks of an expert, width, how inner values are prepared, bytes of a prepared row,
+# groups of one
 @kernel(3)
 def gate_up(arguments, task, scratch):
     """silu(gate x) * (up x) of 32 inner units, prepared for `down`."""

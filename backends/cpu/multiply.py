@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from .compiler import kernel
 from .float_linear import float_scratch_bytes, float_tokens
 from .int_linear import FEW_TOKENS, ROWS, few_tokens, int_scratch_bytes, many_tokens
@@ -35,5 +37,6 @@ def linear_rows(arguments, task, scratch):
     )  # fmt: skip
 
 
+@cache
 def multiply_scratch_bytes(columns: int) -> int:
     return max(int_scratch_bytes(columns), float_scratch_bytes(columns))

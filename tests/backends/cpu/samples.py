@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from k2lite.backends.cpu.backend import CpuBackend
 from k2lite.quant.formats import format_named
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
@@ -38,3 +39,9 @@ def exact_product(x: torch.Tensor, matrix: QuantTensor) -> torch.Tensor:
 def exact_ffn(x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
     gate, up = exact_product(x, weights.gate_proj), exact_product(x, weights.up_proj)
     return (gate / (1 + torch.exp(-gate)) * up) @ weights.down_proj.dequantize().double().T
+
+
+def product() -> list[list[float]]:
+    """One product on a backend of its own, for a child process to repeat."""
+    with_three = CpuBackend(threads=3)
+    return with_three.linear(normal(2, 4096, seed=2), weight("int4_g32", 96, 4096, 1)).tolist()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import k2lite
 from k2lite.backends.cpu.backend import CpuBackend
 from k2lite.backends.cpu.cgroup_quota import cgroup_processors
 from k2lite.backends.cpu.compute_team import ComputeTeam, allowed_threads
-from k2lite.errors import RequestError
-from tests.backends.cpu.samples import normal, weight
+from k2lite.demo_folder import DEMO_FOLDER
+from k2lite.errors import BackendError, RequestError
+from tests.backends.cpu.samples import normal, product, weight
 from tests.conftest import REPO
 
 FORK = """
@@ -97,18 +103,20 @@ def test_a_forked_child_is_refused_with_a_message() -> None:
 
 # One job of a thousand million tasks; all but the first have nothing to do, which still takes a minute.
 LONG_JOB = """
-import numpy as np, torch
+import torch
 from k2lite.backends.cpu.activations import INT4, prepare
 from k2lite.backends.cpu.compute_team import ComputeTeam
 team, x, out = ComputeTeam(), torch.ones(32), torch.empty(4096, dtype=torch.uint8)
-table = np.array([x.data_ptr()], np.int64)
+table = torch.empty(1, dtype=torch.int64)
 prepare.address
 print("ready", flush=True)
+def run(pieces, tasks):
+    team.launch(prepare, [x.data_ptr(), 0, 32, out.data_ptr(), 0, INT4, pieces, 0, table.data_ptr(), 0, 0, 0], tasks)
 try:
-    team.launch(prepare, [table.ctypes.data, 32, out.data_ptr(), 0, INT4, 10**12], 10**9)
+    run(10**12, 10**9)
     print("finished")
 except KeyboardInterrupt:
-    team.launch(prepare, [table.ctypes.data, 32, out.data_ptr(), 0, INT4, 1], 1)
+    run(1, 1)
     print("interrupted")
 """
 
@@ -129,6 +137,50 @@ def test_a_closed_team_has_no_helpers_left() -> None:
     assert threading.active_count() == before + 2
     team.close()
     assert threading.active_count() == before
+
+
+def compute_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "k2lite-compute"]
+
+
+def test_a_dropped_team_has_no_helpers_left() -> None:
+    before = len(compute_threads())
+    team = ComputeTeam(3)
+    assert len(compute_threads()) == before + 2
+    del team
+    gc.collect()
+    assert len(compute_threads()) == before
+
+
+def test_an_engine_closes_the_backend_that_was_opened_for_it_and_no_other(cpu: CpuBackend) -> None:
+    before = len(compute_threads())
+    with k2lite.load(DEMO_FOLDER, backend="cpu", context=64, threads=3) as engine:
+        engine.logits([1, 2])
+        assert len(compute_threads()) == before + 2
+    assert len(compute_threads()) == before
+    with pytest.raises(BackendError, match="closed"):
+        engine.backend.rms_norm(torch.ones(1, 8), torch.ones(8), 1e-6)
+    k2lite.load(DEMO_FOLDER, backend=cpu, context=64).close()
+    assert torch.equal(cpu.rms_norm(torch.ones(1, 8), torch.ones(8), 0.0), torch.ones(1, 8))
+
+
+@pytest.mark.usefixtures("cpu")
+def test_a_spawned_child_works() -> None:
+    expected = product()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(torch.tensor(pool.apply(product)), torch.tensor(expected))
+
+
+def test_a_copy_of_a_weight_has_addresses_of_its_own(cpu: CpuBackend) -> None:
+    """What the backend worked out about a weight's memory must not go along."""
+    matrix, x = weight("int4_g32", 40, 64, 1), normal(1, 64, seed=2)
+    expected = cpu.linear(x, matrix)
+    assert matrix.derived
+    copies = [copy.deepcopy(matrix), pickle.loads(pickle.dumps(matrix))]
+    for part in matrix.parts.values():
+        part.zero_()
+    for other in copies:
+        assert torch.equal(cpu.linear(x, other), expected)
 
 
 def test_torch_is_left_one_thread(cpu: CpuBackend) -> None:
