@@ -7,6 +7,7 @@ formats and shapes alone, never from a moment's state, so the arithmetic is as f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -69,6 +70,15 @@ class FallbackBackend(Backend):
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._inner.upload(tensor)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._inner.download(tensor)
+
+    def empty(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return self._inner.empty(shape, dtype)
+
+    def telling(self) -> AbstractContextManager[None]:
+        return self._inner.telling()
 
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
         if self._lacks(*(stored.name for stored, _ in expert), experts=True):

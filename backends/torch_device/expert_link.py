@@ -54,10 +54,11 @@ class ExpertLink:
         weights = self._place(expert, slots.claim(slot, self._up), copy)
         return Sent(weights, self._up.record())
 
-    def fetch(self, slots: DeviceSlots, slot: int, dst: torch.Tensor, *, written: DeviceEvent) -> DeviceEvent:
-        """Begin to copy a slot's bytes, which are whole at `written`, back into pinned memory of the host."""
-        self._down.wait(written)
-        self._runtime.copy(slots.memory(slot), dst, self._down)
+    def fetch(self, there: ExpertWeights, here: ExpertWeights, slots: DeviceSlots, slot: int) -> DeviceEvent:
+        """Begin to copy an expert that has arrived in a slot back into pinned memory of the host."""
+        for source, room in zip(there, here, strict=True):
+            for suffix, part in source.parts.items():
+                self._runtime.copy(part, room.parts[suffix], self._down)
         event = self._down.record()
         slots.read_until(slot, event)
         return event
