@@ -18,6 +18,9 @@ from k2lite.quant.types import QuantTensor
 
 from .runtime import StandInRuntime
 
+# The least that can be locked, where slots can't be and the small buffer can, or nothing can.
+ONLY_THE_BUFFER, NOTHING = 1 << 20, 1 << 60
+
 
 class StandInBackend(TorchDeviceBackend):
     """Its arithmetic is the reference backend's, so that this one's tokens are the oracle of its own."""
@@ -25,7 +28,7 @@ class StandInBackend(TorchDeviceBackend):
     name: ClassVar[str] = "stand-in"
     runtime: StandInRuntime
 
-    def __init__(self, seed: int = 0, total_bytes: int = 1 << 30, *, pins: bool = True) -> None:
+    def __init__(self, seed: int = 0, total_bytes: int = 1 << 30, *, pins: int = 0) -> None:
         super().__init__(StandInRuntime(seed, total_bytes, pins=pins))
 
 
@@ -43,7 +46,7 @@ class OtherHost(ReferenceBackend):
 
 @contextmanager
 def on_stand_in(
-    folder: Path, seed: int = 0, *, device_slots: int | None = None, total_bytes: int = 1 << 30, pins: bool = True,
+    folder: Path, seed: int = 0, *, device_slots: int | None = None, total_bytes: int = 1 << 30, pins: int = 0,
     host: ReferenceBackend | None = None, **options: object,
 ) -> Iterator[tuple[k2lite.Engine, StandInBackend]]:  # fmt: skip
     """A model whose trunk lies on a stand-in device that has room for `device_slots` experts beside it."""

@@ -65,9 +65,10 @@ class StandInStream:
 
 
 class StandInRuntime:
-    """`total_bytes` of memory. `pins`: whether the host lets pages be locked."""
+    """`total_bytes` of memory. `pins`: how many bytes at least the host lets be locked at a time; a number between a
+    slot's and a buffer's refuses the one and not the other."""
 
-    def __init__(self, seed: int = 0, total_bytes: int = 1 << 30, *, pins: bool = True, name: str = "stand-in") -> None:
+    def __init__(self, seed: int = 0, total_bytes: int = 1 << 30, *, pins: int = 0, name: str = "stand-in") -> None:
         self.device = DEVICE
         self.name = name
         self.total_bytes = total_bytes
@@ -130,7 +131,7 @@ class StandInRuntime:
         self.let_something_happen()
 
     def pin(self, memory: torch.Tensor) -> None:
-        if not self._pins:
+        if memory.nbytes < self._pins:
             raise OSError("the host does not let pages be locked")
         if memory.data_ptr() % PAGE or memory.nbytes % PAGE:
             raise MisuseError("only whole pages can be pinned")
