@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from k2lite.backends.base import Backend
 from k2lite.backends.torch_device.pinned import PinnedPages, PinnedPool, host_pages
 from k2lite.backends.torch_device.slots import DeviceSlots
+from k2lite.device_rates import measure_device
 from k2lite.quant.errors import BackendError
 from k2lite.quant.types import ExpertWeights
 from k2lite.testing.samples import expert
@@ -121,3 +122,10 @@ def test_errors_that_are_not_the_devices_pass_as_they_are() -> None:
     with pytest.raises(BackendError, match="of 1024 MiB free") as told, backend.telling():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
     assert isinstance(told.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_the_devices_rates_are_measured_and_leave_nothing_locked() -> None:
+    backend = StandInBackend()
+    found = measure_device(backend, 1 << 20)
+    assert min(found.memory, found.link, found.flops) > 0
+    assert not [nbytes for nbytes in backend.runtime.pinned.values() if nbytes == 1 << 20]
