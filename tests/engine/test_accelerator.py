@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 import k2lite
+from k2lite.backends.torch_device.expert_link import ExpertLink
 from k2lite.engine import Chunk
 from k2lite.errors import BackendError, DeviceLostError, DeviceMemoryError, MemoryPlanError, RequestError
 from k2lite.learned_routing import keep_in_file
 from k2lite.offload.cache import ExpertCache
+from k2lite.offload.lease import CacheLease
 from tests.engine.test_budgets import PREFETCH, hint_wrong
 from tests.offload.caches import FaultyFiles, random_delays
 from tests.samples import examples
 from tests.stand_in.engines import NOTHING, ONLY_THE_BUFFER, OtherHost, StandInBackend, on_stand_in
+from tests.stand_in.runtime import StandInEvent
 
 IDS = [3, 1, 4, 1, 5]
 NEVER: frozenset[int] = frozenset()
@@ -154,6 +158,29 @@ def test_what_stays_on_the_device_is_not_sent_again(tiny_folder: Path) -> None:
         assert greedy(engine) == tokens
         # the second time only ids, positions and indices go there
         assert backend.runtime.sent_bytes - sent < counters.device.sent_bytes / 4
+
+
+def test_ram_is_released_after_the_copies_from_it(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in can't see this one: a kernel that it runs takes the copies that it waits for along."""
+    sent: list[StandInEvent] = []
+    waited: list[StandInEvent] = []
+    send, synchronize, release = ExpertLink.send, StandInEvent.synchronize, CacheLease.release
+
+    def noted(*args: Any, **options: Any) -> Any:
+        found = send(*args, **options)
+        sent.append(found.event)  # type: ignore[arg-type]
+        return found
+
+    def checked(lease: CacheLease) -> None:
+        assert all(event in waited for event in sent)
+        release(lease)
+
+    monkeypatch.setattr(ExpertLink, "send", noted)
+    monkeypatch.setattr(StandInEvent, "synchronize", lambda event: (waited.append(event), synchronize(event))[1])
+    monkeypatch.setattr(CacheLease, "release", checked)
+    with on_stand_in(tiny_folder, device_slots=4, experts_on="device", resident_experts=6) as (engine, _):
+        greedy(engine, 2)
+    assert sent
 
 
 def test_auto_takes_the_device_if_half_of_the_experts_have_room(tiny_folder: Path) -> None:
