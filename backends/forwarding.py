@@ -7,9 +7,11 @@ expert_ffn) stays the default of Backend, so that it is made of the methods that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
+from k2lite.quant.formats import Shape
 from k2lite.quant.types import QuantTensor
 
 from .base import Backend, Capabilities, Event, Memory, RoutingRule, Segment
@@ -39,6 +41,15 @@ class ForwardingBackend(Backend):
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._inner.upload(tensor)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._inner.download(tensor)
+
+    def empty(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return self._inner.empty(shape, dtype)
+
+    def telling(self) -> AbstractContextManager[None]:
+        return self._inner.telling()
 
     def linear(self, x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
         return self._inner.linear(x, weight)

@@ -47,7 +47,9 @@ def measure_rates(engine: Engine, *, quick: bool = False) -> Bandwidths:
 def model_bytes(engine: Engine) -> ModelBytes:
     """The bytes that the plan of a loaded engine counted."""
     plan, checkpoint = engine.placement, engine_cache(engine).store.checkpoint
-    weights = WeightBytes(str(checkpoint.folder), plan.trunk_bytes, plan.experts_bytes, plan.slot_bytes, plan.experts)
+    weights = WeightBytes(
+        str(checkpoint.folder), plan.all_trunk_bytes, plan.experts_bytes, plan.slot_bytes, plan.experts
+    )
     return ModelBytes(weights, checkpoint.trunk_module(EMBEDDINGS).nbytes)
 
 
@@ -60,7 +62,10 @@ def predicted_speeds(engine: Engine, rates: Bandwidths) -> dict[str, Any]:
 
 
 def expected(engine: Engine) -> str:
-    """The part of a line that tells what to expect of decode; empty where there is nothing to say."""
+    """The part of a line that tells what to expect of decode; empty where there is nothing to say, and where a device
+    takes part, whose bandwidths a start does not measure."""
+    if engine.placement.device is not None:
+        return ""
     found = predicted_speeds(engine, measure_rates(engine, quick=True))
     if not found:
         return ""

@@ -18,7 +18,8 @@ from .source import Lease
 from .uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
-    from .cache import ExpertCache, Held
+    from .cache import ExpertCache
+    from .held import Held
 
 
 # In waves a group is small, so that its slots are free for the next reads soon.
@@ -42,7 +43,7 @@ class CacheLease(Lease):
         except BaseException:
             self.release()
             raise
-        self._in_waves = bool(self._todo) or (keep is not None and len(keep) < len(keys))
+        self.in_waves = bool(self._todo) or (keep is not None and len(keep) < len(keys))
 
     def _take(self, keys: Sequence[ExpertKey]) -> None:
         for key in keys:
@@ -71,7 +72,7 @@ class CacheLease(Lease):
                 )
             self._cache.collect(wait=not here and not any(map(_is_over, self._waiting)))
             here.extendleft(self._arrived())  # first what another read waits for the slot of
-            count = min(len(here), WAVE_EXPERTS) if self._in_waves else len(here)
+            count = min(len(here), WAVE_EXPERTS) if self.in_waves else len(here)
             if count:
                 yield from self._group([here.popleft() for _ in range(count)])
 
@@ -114,7 +115,7 @@ class CacheLease(Lease):
             if held.in_ring and self._keeps(held.key):
                 self._cache.keep(held)
         yield {held.key.expert: held.weights for held in members if held.weights is not None}
-        if not self._released and self._in_waves:
+        if not self._released and self.in_waves:
             with uninterrupted():
                 self._give_back([held for held in members if held.in_ring])
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2lite.backends.base import Assignment
 from k2lite.backends.cpu.backend import CpuBackend
-from k2lite.moe import tokens_by_expert
+from k2lite.expert_work import tokens_by_expert
 from k2lite.quant.formats import format_named
 from k2lite.quant.types import PROJECTIONS, ExpertWeights, QuantTensor
 from tools.peer_process import Peer

@@ -3,7 +3,7 @@
 MODEL is a folder, or a config.json before its weights are downloaded. Bandwidths are measured: the drive's on the
 folder's own files, or on a file that is written for it and removed again. Or they come from --machine FILE, a JSON
 object: name, ram, ram_gb_per_s, drive_gb_per_s, tflops, and if there are any reserve, vram, vram_gb_per_s,
-bus_gb_per_s, layer_ms. With --routing TRACE the hit rate is also that of a replay of
+bus_gb_per_s, host_tflops, layer_ms. With --routing TRACE the hit rate is also that of a replay of
 recorded choices.
 """
 
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from k2lite.quant.errors import RequestError
 
-from .model_options import add_trunk_argument
+from .model_options import add_trunk_argument, add_vram_argument
 
 if TYPE_CHECKING:
-    from k2lite.backends.base import Backend
+    from k2lite.backends.base import Backend, Memory
     from k2lite.config import ModelConfig
     from k2lite.machine import Machine
     from k2lite.planning import ModelBytes
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram", metavar="SIZE", help="memory the process may take (default: what the machine can spare)"
     )
+    add_vram_argument(parser)
     parser.add_argument("--context", type=int, metavar="TOKENS", help="as for run")
     add_trunk_argument(parser)
     parser.add_argument("--machine", type=Path, metavar="FILE", help="plan for the machine that this file describes")
@@ -55,7 +56,7 @@ def execute(args: argparse.Namespace) -> int:
     routing = None if args.routing is None else read_trace(args.routing)
     backend = open_backend(args.backend)
     config, model, checkpoint = _model(args.model, args.trunk, backend)
-    machine = _machine(args, backend, checkpoint)
+    machine = _with_accelerator(args, backend, _machine(args, backend, checkpoint))
     facts = plan_report(
         config,
         model,
@@ -145,3 +146,38 @@ def _drive_rate(args: argparse.Namespace, checkpoint: Checkpoint | None) -> floa
         return drive_rate.store_rate(store)
     finally:
         store.close()
+
+
+def _ram(backend: Backend) -> Memory:
+    """The host's memory, also beside an accelerator."""
+    from k2lite.backends.host_memory import host_memory
+
+    return backend.memory() if backend.device.type == "cpu" else host_memory()
+
+
+def _with_accelerator(args: argparse.Namespace, backend: Backend, machine: Machine) -> Machine:
+    """The machine with the accelerator of a backend that has one, measured. Raises RequestError, MemoryPlanError."""
+    from dataclasses import replace
+
+    from k2lite.backends.torch_device.backend import TorchDeviceBackend
+    from k2lite.byte_sizes import parse_bytes
+    from k2lite.device_rates import measure_device
+    from k2lite.placement import budget_of
+
+    vram = None if args.vram is None else parse_bytes(args.vram)
+    if args.machine is not None and machine.device_bytes:
+        return machine if vram is None else replace(machine, device_bytes=vram)
+    if args.machine is not None or not isinstance(backend, TorchDeviceBackend):
+        if vram is not None:
+            raise RequestError(f"--vram has no effect: {machine.name} with backend {backend.name} has no accelerator")
+        return machine
+    found = measure_device(backend)
+    rates = replace(
+        machine.rates,
+        device=found.memory,
+        bus=found.link,
+        flops=found.flops,
+        host_flops=machine.rates.flops,
+        one_bus=False,
+    )
+    return replace(machine, device_bytes=budget_of(backend.memory(), vram, "--vram"), rates=rates)
