@@ -133,8 +133,7 @@ def load_trunk(
     def matrix(name: str) -> QuantTensor:
         planned = (quantized or {}).get(f"{name}.weight")
         stored = checkpoint.trunk(f"{name}.weight") if planned is None else converted_tensor(planned)
-        parts = {suffix: backend.upload(part) for suffix, part in stored.parts.items()}
-        return QuantTensor(stored.format, stored.shape, parts)
+        return backend.upload_matrix(stored)
 
     def vector(name: str) -> torch.Tensor:
         return backend.upload(checkpoint.trunk(name).dequantize())
