@@ -1,7 +1,7 @@
 """Every call of torch_mlu_ops, bound by the signature that is found: versions differ in names and order.
 
 Invariant: a call that does not fit the installed version is an error before anything runs, naming the operation, the
-parameter and the version, never a value in the wrong place. Weights are [out, in]: the vendor multiplies by their transpose.
+parameter and the version, never a value in the wrong place. Weights are [out, in], and their transpose multiplies.
 Shapes: M rows, K inputs, N outputs, G groups of inputs, E experts.
 """
 

@@ -1,6 +1,6 @@
 """A stored integer matrix as the vendor's operations take it: the same places, two's complement instead of an offset.
 
-So only signs of codes change: one XOR a byte. Scales of groups stay BF16 [out, groups]; one scale a row is float32 [out].
+Only signs of codes change: one XOR a byte. Scales of groups stay BF16 [out, groups]; one scale a row is float32 [out].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CODES, SCALES, WEIGHT = "codes", "scales", "weight"
 
 @dataclass(frozen=True)
 class SignedCodes(QuantFormat):
-    """codes int8 [out, in * bits / 8], scales bf16 [out, groups] or float32 [out]. It keeps the stored format's name."""
+    """codes int8 [out, in * bits / 8], scales bf16 [out, groups] or float32 [out]. Keeps the stored format's name."""
 
     name: str
 
@@ -62,5 +62,5 @@ def values(codes: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor
         codes = torch.stack((codes << 4 >> 4, codes >> 4), dim=-1).flatten(-2)
     if scales.dim() < codes.dim():
         scales = scales[..., None]
-    grouped = codes.to(torch.float32).unflatten(-1, (scales.shape[-1], -1))
+    grouped = codes.to(torch.float32).view(*codes.shape[:-1], scales.shape[-1], -1)
     return (grouped * scales.to(torch.float32)[..., None]).flatten(-2)

@@ -1,6 +1,6 @@
 """What the Cambricon backend says of itself, without importing torch_mlu.
 
-The vendor's weight-only product takes groups of 64, 128, 256 or 512: K2's own groups of 32 are refused, with the recipe.
+The vendor's weight-only product takes groups of 64, 128, 256 or 512: K2's groups of 32 are refused, with the recipe.
 """
 
 from __future__ import annotations

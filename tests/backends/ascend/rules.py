@@ -190,6 +190,7 @@ def moe_init_routing_v2(
     demand(expert_tokens_num_type in (0, 1), "expert_tokens_num_type must be 0 or 1")
     demand(expert_tokens_num_flag, "the counts are not written without expert_tokens_num_flag")
     demand(row_idx_type in (0, 1), "row_idx_type must be 0 or 1")
+    demand(len(active_expert_range) in (0, 2), "active_expert_range must have two ends")
     first, last = active_expert_range or (0, expert_num)
     demand(0 <= first <= last <= expert_num, "active_expert_range must lie in 0 .. expert_num")
     inside = bool(((expert_idx >= 0) & (expert_idx < expert_num)).all())
