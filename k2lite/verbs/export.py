@@ -1,7 +1,8 @@
-"""Write a model as one GGUF file, for llama.cpp.
+"""Write a model as one GGUF file, for llama.cpp, or feed-forward blocks of layers as ONNX.
 
-INT4 and INT8 codes are copied, all else is rounded to the type. With q4_0 the routed experts are Q4_0 and all other
-matrices Q8_0. The file is under its own name only when it is whole.
+OUT.gguf: INT4 and INT8 codes are copied, all else is rounded to the type. With q4_0 the routed experts are Q4_0 and all
+other matrices Q8_0. OUT.onnx: of each layer named, normalized hidden states in, the block's output out; routed experts
+are one QMoE, integer matrices MatMulNBits. A file is under its own name only when it is whole.
 """
 
 from __future__ import annotations
@@ -23,20 +24,31 @@ SHOWN_NOTES = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="a model folder, as downloaded")
-    parser.add_argument("destination", metavar="OUT.gguf", type=Path, help="the file to write")
-    parser.add_argument("--type", required=True, metavar="TYPE", help=f"of the weights: {TYPES}")
+    parser.add_argument("destination", metavar="OUT", type=Path, help="the file to write: OUT.gguf or OUT.onnx")
+    parser.add_argument("--type", metavar="TYPE", help=f"OUT.gguf: of the weights: {TYPES}")
+    parser.add_argument("--layers", metavar="LIST", help="OUT.onnx: as 1, 1,3 or 1-4; layers are counted from 0")
+    parser.add_argument(
+        "--weights", choices=("external", "inputs"), help="OUT.onnx: in OUT.onnx.data (default), or inputs of the graph"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
 def execute(args: argparse.Namespace) -> int:
+    if args.destination.suffix == ".onnx":
+        return _execute_onnx(args)
+    if args.destination.suffix != ".gguf":
+        raise RequestError(f"{args.destination}: name a file that ends in .gguf or .onnx")
+    for option in ("layers", "weights"):
+        if getattr(args, option) is not None:
+            raise RequestError(f"--{option} has no effect on a GGUF file")
+    if args.type is None:
+        raise RequestError(f"--type is needed for a GGUF file: {TYPES}")
     from k2lite.gguf_metadata import kv_b_heads
     from k2lite.gguf_model import export_metadata
     from k2lite.loading import open_model
     from k2lite.progress import ProgressLine
     from k2lite.quant.gguf_export import export, plan_export
 
-    if args.destination.suffix != ".gguf":
-        raise RequestError(f"{args.destination}: name a file that ends in .gguf")
     config, checkpoint = open_model(args.source)
     checkpoint.raise_for_problems()
     plan = plan_export(checkpoint, args.type, kv_b_heads(config))
@@ -53,6 +65,30 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts))
     print(summary(facts), file=sys.stderr)
+    return 0
+
+
+def _execute_onnx(args: argparse.Namespace) -> int:
+    from k2lite.loading import open_model
+    from k2lite.onnx_export import parse_layers, plan_layer, write_onnx
+    from k2lite.quant.errors import BackendError
+
+    if args.type is not None:
+        raise RequestError("--type has no effect on an ONNX file: codes are copied, all else is float32")
+    if args.layers is None:
+        raise RequestError("--layers is needed for an ONNX file: as 1, 1,3 or 1-4")
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise BackendError("an ONNX file needs the package onnx: pip install k2lite[onnx]") from error
+    config, checkpoint = open_model(args.source)
+    checkpoint.raise_for_problems()
+    layers = [plan_layer(config, checkpoint, layer) for layer in parse_layers(args.layers)]
+    nbytes = write_onnx(args.destination, layers, config.hidden_size, args.weights or "external")
+    facts = {"file": str(args.destination), "bytes": nbytes, "layers": [layer.layer for layer in layers]}
+    if args.json:
+        print(json.dumps(facts))
+    print(f"k2lite export: wrote {args.destination}, {nbytes / 1e9:.3f} GB, {len(layers)} layers", file=sys.stderr)
     return 0
 
 
