@@ -60,7 +60,7 @@ def plan_layer(config: ModelConfig, checkpoint: Checkpoint, layer: int) -> Layer
         return LayerExport(layer, nodes, weights, lambda: _mlp_pieces(prefix, mlp))
     routed = _routed(config, checkpoint, layer)
     shared = {name: checkpoint.trunk(f"{at}.shared_experts.{name}.weight") for name in PROJECTIONS}
-    nodes, weights = moe_block(prefix, routed, tuple(_stored(weight) for weight in shared.values()))  # type: ignore[arg-type]
+    nodes, weights = moe_block(prefix, routed, tuple(_stored(weight) for weight in shared.values()))
 
     def pieces() -> Iterator[Piece]:
         yield Piece(f"{prefix}router.values", 0, _float(checkpoint.trunk(f"{at}.gate.weight").dequantize()))

@@ -39,7 +39,11 @@ def dense_block(prefix: str, gate: Stored, up: Stored, down: Stored) -> Block:
 
 def moe_block(prefix: str, routed: RoutedExperts, shared: tuple[Stored, Stored, Stored]) -> Block:
     """The same with routed experts and the shared one. The router's weight and bias are float32."""
-    x, at = f"{prefix}x", lambda name: f"{prefix}{name}"
+    x = f"{prefix}x"
+
+    def at(name: str) -> str:
+        return prefix + name
+
     nodes, inputs = product(x, at("logits"), at("router"), Stored(routed.experts, routed.hidden))
     bias = values(at("router.bias"), [routed.experts])
     scaling = helper.make_tensor("scaling", TensorProto.FLOAT, [], [routed.scaling])

@@ -1,4 +1,4 @@
-"""The table of schemas: every call fits it, another declaration is seen, and the real wheel's own, where there is one."""
+"""The table of schemas: every call fits it, another declaration is seen, and the real wheel's own if there is one."""
 
 from __future__ import annotations
 

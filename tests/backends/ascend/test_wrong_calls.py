@@ -93,6 +93,14 @@ def without(name: str) -> Change:
     return lambda call: call.pop(name)
 
 
+def all_of(names: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    def apply(call: dict[str, Any]) -> None:
+        for name in names.split():
+            each(name, change)(call)
+
+    return apply
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, every second element of twice the room."""
     return torch.stack((tensor, tensor), -1)[..., 0]
@@ -120,8 +128,8 @@ GROUPED: Wrong = [
     ("offset in float32", each("antiquant_offset", torch.Tensor.float), "antiquant_offset must have x's dtype"),
     ("offset of another shape", each("antiquant_offset", lambda t: t[:, :1]), "have antiquant_scale's shape"),
     ("scales along inputs", each("antiquant_scale", lambda t: t.transpose(1, 2)), "have antiquant_scale's shape"),
-    ("groups that do not divide", lambda c: [each(n, lambda t: t[:, :3].contiguous())(c) for n in ("antiquant_scale", "antiquant_offset")], "must divide K"),
-    ("groups of int8", each("weight", lambda t: torch.zeros(E, K, N, dtype=torch.int8)), "per channel only"),
+    ("3 groups", all_of("antiquant_scale antiquant_offset", lambda t: t[:, :3].contiguous()), "must divide K"),
+    ("groups of int8", put(weight=[torch.zeros(E, K, N, dtype=torch.int8)]), "per channel only"),
     ("counts in int32", each("group_list", torch.Tensor.int), "group_list must be int64"),
     ("counts that lack a row", put(group_list=torch.tensor([1, 0, 2, 2])), "add up to the rows"),
     ("ends given as counts", put(group_list=torch.tensor([1, 1, 4, 6])), "add up to the rows"),
@@ -162,10 +170,11 @@ UNPERMUTE: Wrong = [
     ("a place too few", each("sorted_indices", lambda t: t[:2]), "one for each row"),
 ]
 SWIGLU: Wrong = [("an odd width", lambda c: c.update(self=torch.zeros(2, 5)), "even")]
+TENSORS = "query key value query_rope key_rope"
 ATTENTION: Wrong = [
     ("the default scale", without("softmax_scale"), "softmax_scale was left"),
     ("latents of 576", each("query", lambda t: torch.cat((t, t[..., :64]), -1)), "query's D must be 512"),
-    ("12 heads", lambda c: [each(n, lambda t: torch.cat((t, t[:, :, :4]), 2))(c) for n in ("query", "query_rope")], "heads must be"),
+    ("12 heads", all_of("query query_rope", lambda t: torch.cat((t, t[:, :, :4]), 2)), "heads must be"),
     ("a head too many in words", put(num_query_heads=16), "num_query_heads"),
     ("keys of every head", put(num_key_value_heads=8), "key must have one head"),
     ("a slice of the cache", each("key", strided), "key is neither contiguous"),
@@ -176,7 +185,7 @@ ATTENTION: Wrong = [
     ("rope of 32", each("query_rope", lambda t: t[..., :32].contiguous()), "query_rope must be"),
     ("rope in float16", each("key_rope", torch.Tensor.half), "one dtype"),
     ("sparse mode 2", put(sparse_mode=2), "sparse_mode must be"),
-    ("float32", lambda c: [each(n, torch.Tensor.float)(c) for n in ("query", "key", "value", "query_rope", "key_rope")], "float16 or bfloat16"),
+    ("float32", all_of(TENSORS, torch.Tensor.float), "float16 or bfloat16"),
     ("version 1's name of the heads", put(num_heads=8), "schema"),
 ]  # fmt: skip
 CALLS: list[tuple[str, Callable[[], dict[str, Any]], Wrong]] = [
