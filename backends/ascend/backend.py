@@ -114,7 +114,7 @@ class AscendBackend(Backend):
         arena, number = self._slots[slot] if slot in self._slots else (Arena(kind, slot, 1), 0)
         if arena.kind != kind:
             raise ValueError(f"a slot for {arena.kind} and an expert of {kind}")
-        staged = self._staged(src, kind)
+        staged = self.staged(src, kind)
         for here, there in zip(staged.slot(0), arena.slot(number), strict=True):
             self.copy(here, there).wait()
         return arena.weights(number)
@@ -148,8 +148,8 @@ class AscendBackend(Backend):
         group = stored.group_size(columns)
         return dense_matmul(x, codes, scales if group else scales[0], group)
 
-    def _staged(self, src: ExpertWeights, kind: ExpertKind) -> Arena:
-        """The expert laid out for the chip, in memory of the host that the next one will overwrite."""
+    def staged(self, src: ExpertWeights, kind: ExpertKind) -> Arena:
+        """An expert of this kind laid out for the chip, in memory of the host that the next one will overwrite."""
         if kind not in self._staging:
             self._staging[kind] = Arena(kind, torch.empty(kind.nbytes, dtype=torch.uint8), 1)
         staged = self._staging[kind]

@@ -7,7 +7,10 @@ Source: op-plugin's page on npu_convert_weight_to_int4pack (ND).
 
 from __future__ import annotations
 
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from .transposition import (
     LINE,
     NIBBLE_ROWS,
     SCALE_ROWS,
+    SCRATCH_BYTES,
     transpose_codes,
     transpose_nibbles,
     transpose_words,
@@ -27,56 +31,66 @@ from .transposition import (
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
+# One thread is about as fast as a copy; memory has room for a few more.
+THREADS = min(4, os.cpu_count() or 1)
+THREADED_FROM_BYTES = 1 << 20
+
 _scratch = threading.local()
 
 
 def pack_codes(stored: torch.Tensor, bits: int, target: torch.Tensor, first: int = 0) -> None:
     """stored int32 [out, in * bits / 32], rows contiguous, into bytes target uint8 [in, pitch]; outputs begin at
     column `first` there (a multiple of 2 for 4 bits). What is not covered stays as it is."""
-    source, there = stored.contiguous().view(torch.uint8).numpy(), target.numpy()
-    rows, columns = source.shape[0], source.shape[1] * 8 // bits
-    kernels = (
-        (transpose_nibbles, _plain_nibbles, NIBBLE_ROWS, 128)
-        if bits == 4
-        else (transpose_codes, _plain_codes, BYTE_ROWS, 64)
-    )
-    _by_blocks(*kernels, source, there[:, first * bits // 8 :], rows, columns)
+    source = stored.contiguous().view(torch.uint8).numpy()
+    there = target.numpy()[:, first * bits // 8 :]
+    if bits == 4:
+        _by_blocks(transpose_nibbles, _plain_nibbles, (NIBBLE_ROWS, 128), source, there, 2 * source.shape[1], 4)
+    else:
+        _by_blocks(transpose_codes, _plain_codes, (BYTE_ROWS, 64), source, there, source.shape[1], 8)
 
 
 def pack_scales(stored: torch.Tensor, target: torch.Tensor, first: int = 0) -> None:
     """stored bf16 [out, groups] into target bf16 [groups, pitch], outputs from column `first` on."""
     source = stored.contiguous().view(torch.int16).view(torch.uint16).numpy()
     there = target.view(torch.int16).view(torch.uint16).numpy()[:, first:]
-    _by_blocks(transpose_words, _plain_words, SCALE_ROWS, 32, source, there, source.shape[0], source.shape[1])
+    _by_blocks(transpose_words, _plain_words, (SCALE_ROWS, 32), source, there, source.shape[1], 16)
 
 
 def _by_blocks(
-    fast: Any,
-    plain: Any,
-    row_step: int,
-    column_step: int,
-    source: Bytes,
-    target: Bytes,
-    rows: int,
-    columns: int,
+    fast: Any, plain: Any, block: tuple[int, int], source: Bytes, target: Bytes, columns: int, bits: int
 ) -> None:
-    """The blocked kernel over what is whole blocks, the plain one over the edges."""
-    pitch, step = source.strides[0], target.strides[0]
-    whole_rows, whole_columns = rows // row_step * row_step, columns // column_step * column_step
-    if whole_rows and whole_columns:
-        at = target.ctypes.data
-        streamed = at % LINE == 0 and step % LINE == 0
-        fast(source.ctypes.data, pitch, at, step, whole_rows, whole_columns, _room(), streamed)
-    else:
-        whole_rows = whole_columns = 0
+    """The blocked kernel over whole blocks, by several threads where that pays, and the plain one over the edges."""
+    rows, pitch, step = source.shape[0], source.strides[0], target.strides[0]
+    whole_rows, whole_columns = (size // of * of for size, of in zip((rows, columns), block, strict=True))
+    if not whole_rows or not whole_columns:
+        plain(source, target, 0, rows, 0, columns)
+        return
+    begin, end = source.ctypes.data, target.ctypes.data
+    streamed = end % LINE == 0 and step % LINE == 0
+
+    def part(first: int, last: int) -> None:
+        fast(begin + first * bits // 8, pitch, end + first * step, step, whole_rows, last - first, _room(), streamed)
+
+    parts = THREADS if source.nbytes >= THREADED_FROM_BYTES else 1
+    size = -(-whole_columns // (parts * block[1])) * block[1]
+    bounds = [(first, min(first + size, whole_columns)) for first in range(0, whole_columns, size)]
+    others = [_threads().submit(part, *bound) for bound in bounds[1:]]
+    part(*bounds[0])
+    for other in others:
+        other.result()
     plain(source, target, whole_rows, rows, 0, columns)
     plain(source, target, 0, whole_rows, whole_columns, columns)
 
 
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="pack")
+
+
 def _room() -> int:
-    """8 KiB of this thread's own, on a line's boundary."""
+    """Bytes of this thread's own, on a line's boundary."""
     if not hasattr(_scratch, "bytes"):
-        _scratch.bytes = np.empty((64 * NIBBLE_ROWS) + LINE, np.uint8)
+        _scratch.bytes = np.empty(SCRATCH_BYTES + LINE, np.uint8)
     address: int = _scratch.bytes.ctypes.data
     return address + -address % LINE
 

@@ -21,6 +21,9 @@ BYTES, WORDS, PAIRS = ir.VectorType(I8, 64), ir.VectorType(I16, 32), ir.VectorTy
 LINE = 64
 # Rows of nibbles that make a line of output, and rows of bytes and of scales that do.
 NIBBLE_ROWS, BYTE_ROWS, SCALE_ROWS = 128, 64, 32
+# Columns of nibbles that are worked on at once: 8 lines of a row follow one another in memory.
+NIBBLE_COLUMNS = 1024
+SCRATCH_BYTES = 8192 * (NIBBLE_COLUMNS // 128)
 
 
 def _load(b, address, kind):
@@ -160,29 +163,33 @@ cached_lines, streamed_lines = _lines(False), _lines(True)
 @kernel
 def transpose_nibbles(source, pitch, target, step, rows, columns, scratch, streamed):
     """rows x columns nibbles at `source`, rows `pitch` bytes apart and a multiple of 128, columns a multiple of 128, to
-    `target`, where columns lie `step` bytes apart. scratch: 8 KiB."""
-    for column in range(0, columns, 128):
+    `target`, where columns lie `step` bytes apart. scratch: SCRATCH_BYTES."""
+    for column in range(0, columns, NIBBLE_COLUMNS):
+        blocks = min(NIBBLE_COLUMNS, columns - column) // 128
         for row in range(0, rows, NIBBLE_ROWS):
-            at = source + row * pitch + column // 2
             for group in range(4):
-                nibbles(at + 32 * group * pitch, pitch, scratch + 2048 * group)
-            ahead = at + NIBBLE_ROWS * pitch if row + NIBBLE_ROWS < rows else source + column // 2 + LINE
-            for i in range(NIBBLE_ROWS):
-                prefetch(ahead + i * pitch)
-            there = target + column * step + row // 2
-            for odd in range(2):
-                for j in range(16):
-                    line = there + (2 * j + odd) * step
-                    if streamed:
-                        streamed_lines(scratch + 1024 * odd + LINE * j, 2048, line, 32 * step)
-                    else:
-                        cached_lines(scratch + 1024 * odd + LINE * j, 2048, line, 32 * step)
+                at = source + (row + 32 * group) * pitch + column // 2
+                for block in range(blocks):
+                    nibbles(at + LINE * block, pitch, scratch + 8192 * block + 2048 * group)
+                for i in range(32, 64):
+                    for block in range(blocks):
+                        prefetch(at + i * pitch + LINE * block)
+            for block in range(blocks):
+                there = target + (column + 128 * block) * step + row // 2
+                for odd in range(2):
+                    for j in range(16):
+                        line = there + (2 * j + odd) * step
+                        at = scratch + 8192 * block + 1024 * odd + LINE * j
+                        if streamed:
+                            streamed_lines(at, 2048, line, 32 * step)
+                        else:
+                            cached_lines(at, 2048, line, 32 * step)
     finished()
 
 
 @kernel
 def transpose_codes(source, pitch, target, step, rows, columns, scratch, streamed):
-    """The same for bytes, rows and columns multiples of 64. scratch: 4 KiB."""
+    """The same for bytes, rows and columns multiples of 64."""
     for column in range(0, columns, 64):
         for row in range(0, rows, BYTE_ROWS):
             for group in range(4):
@@ -198,7 +205,7 @@ def transpose_codes(source, pitch, target, step, rows, columns, scratch, streame
 
 @kernel
 def transpose_words(source, pitch, target, step, rows, columns, scratch, streamed):
-    """The same for words of 2 bytes as they are, rows and columns multiples of 32. scratch: 2 KiB."""
+    """The same for words of 2 bytes as they are, rows and columns multiples of 32."""
     for column in range(0, columns, 32):
         for row in range(0, rows, SCALE_ROWS):
             for group in range(4):
