@@ -25,7 +25,8 @@ def spec() -> BackendSpec:
     return BackendSpec(
         name="ascend",
         contract=1,
-        priority=60,
+        # below all others: what never ran on a chip is taken by name only
+        priority=-2,
         capabilities=CAPABILITIES,
         probe=_probe,
         load=_load,

@@ -27,7 +27,8 @@ def spec() -> BackendSpec:
     return BackendSpec(
         name="cambricon",
         contract=1,
-        priority=50,
+        # below all others: what never ran on a chip is taken by name only
+        priority=-3,
         capabilities=CAPABILITIES,
         probe=_probe,
         load=_load,
