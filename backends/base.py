@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -171,6 +172,22 @@ class Backend(ABC):
         format that keeps the stored one's name and dequantizes to the same values."""
         parts = {suffix: self.upload(part) for suffix, part in weight.parts.items()}
         return QuantTensor(weight.format, weight.shape, parts)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values where the processor can read them; the tensor itself if it lies there."""
+        if tensor.device.type == "cpu":
+            return tensor
+        here = torch.empty(tensor.shape, dtype=tensor.dtype)
+        self.copy(tensor, here).wait()
+        return here
+
+    def empty(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialized values on the device."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def telling(self) -> AbstractContextManager[None]:
+        """What the vendor raises inside becomes, where the user can act on it, an error of ours that says how."""
+        return nullcontext()
 
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
         """The room for an expert whose three matrices are stored so: by default the bytes as stored, each part on a

@@ -7,6 +7,7 @@ formats and shapes alone, never from a moment's state, so the arithmetic is as f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -74,6 +75,15 @@ class FallbackBackend(Backend):
         if self._lacks(weight.format.name, experts=False):
             return super().upload_matrix(weight)
         return self._inner.upload_matrix(weight)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._inner.download(tensor)
+
+    def empty(self, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+        return self._inner.empty(shape, dtype)
+
+    def telling(self) -> AbstractContextManager[None]:
+        return self._inner.telling()
 
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
         if self._lacks(*(stored.name for stored, _ in expert), experts=True):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
@@ -88,22 +88,30 @@ def _read(entries: list[EntryPoint], name: str) -> BackendSpec:
     return spec
 
 
-def open_backend(name: str = AUTO, *, notify: Notify | None = None, **options: object) -> Backend:
+def open_backend(
+    name: str = AUTO,
+    *,
+    notify: Notify | None = None,
+    host_options: Mapping[str, object] | None = None,
+    **options: object,
+) -> Backend:
     """The backend called `name`, or an error with the reason and the exception behind it; "auto" takes the best that is
     ready. notify: gets one line for auto's choice. options: of the backend's own (its loader's keyword arguments), None
-    where not given; RequestError for one that it does not have."""
+    where not given; RequestError for one that it does not have. host_options: the same for a backend of the processor;
+    an accelerator's is opened without them, and whoever opens it sees to them."""
     given = {option: value for option, value in options.items() if value is not None}
+    of_host = {option: value for option, value in (host_options or {}).items() if value is not None}
     if name == AUTO:
-        return _open_best(notify, given)
+        return _open_best(notify, given, of_host)
     found = find(name)
     spec = found.checked_spec()
     probe = found.probe()
     if not probe.ready:
         raise BackendError(f"backend {name} is not ready: {probe.reason}") from probe.error
-    return _load(spec, given)
+    return _load(spec, given, of_host)
 
 
-def _open_best(notify: Notify | None, options: dict[str, object]) -> Backend:
+def _open_best(notify: Notify | None, options: dict[str, object], of_host: dict[str, object]) -> Backend:
     """By priority; the first that is ready is loaded, those behind it are not even probed."""
     passed_over: list[str] = []
     found = [find(name) for name in backend_names()]
@@ -113,12 +121,13 @@ def _open_best(notify: Notify | None, options: dict[str, object]) -> Backend:
             why = "".join(f"; {line}" for line in passed_over)
             if notify is not None:
                 notify(f"backend {candidate.name}, the best that is ready: {probe.reason}{why}")
-            return _load(candidate.checked_spec(), options)
+            return _load(candidate.checked_spec(), options, of_host)
         passed_over.append(f"{candidate.name} is not: {probe.reason}")
     raise BackendError(f"no backend is ready: {'; '.join(passed_over)}")
 
 
-def _load(spec: BackendSpec, options: dict[str, object]) -> Backend:
+def _load(spec: BackendSpec, given: dict[str, object], of_host: dict[str, object]) -> Backend:
+    options = given if spec.accelerator else given | of_host
     for option in options:
         if option not in inspect.signature(spec.load).parameters:
             raise RequestError(f"{option} has no effect with backend {spec.name!r}")

@@ -46,7 +46,8 @@ class BackendSpec:
     a loaded backend may narrow it. probe: never raises for what is missing. load: its
     keyword arguments, all with defaults, are the backend's own options. evidence: what stands behind it while no
     `report` of the conformance suite from hardware does ("emulated", "interpreter-tested", "not tested").
-    vendor_packages: what discovery must not import."""
+    vendor_packages: what discovery must not import. accelerator: it has memory of its own, and a backend of the
+    processor works beside it."""
 
     name: str
     contract: int
@@ -57,6 +58,7 @@ class BackendSpec:
     evidence: str = "not tested"
     report: Path | None = None
     vendor_packages: tuple[str, ...] = ()
+    accelerator: bool = False
 
     def evidence_text(self) -> str:
         """What shows that it works: the shipped report of a passed run on hardware, or what is said without one."""

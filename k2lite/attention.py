@@ -15,16 +15,17 @@ from k2lite.backends.base import Backend, Segment
 
 from .batch import BatchRow
 from .config import ModelConfig
+from .expert_work import there
 from .weights import AttentionWeights
 
 
 class Rotation:
     """Cosines and sines of a batch's positions, made once a step and used by every layer."""
 
-    def __init__(self, config: ModelConfig, rows: Sequence[BatchRow], device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, rows: Sequence[BatchRow], backend: Backend) -> None:
         positions = [torch.arange(row.position, row.position + row.tokens) for row in rows]
         cos, sin = config.rope.tables(torch.cat(positions))
-        self.cos, self.sin = cos.to(device), sin.to(device)
+        self.cos, self.sin = there(cos, backend), there(sin, backend)
 
 
 def latent_attention(

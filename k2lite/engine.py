@@ -43,11 +43,11 @@ class Counters:
 class Sequence:
     """One growing row of tokens and its cache. Made by `Engine.open`; `close` frees the cache."""
 
-    def __init__(self, config: ModelConfig, max_tokens: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, max_tokens: int, backend: Backend) -> None:
         self.ids: list[int] = []
         self.max_tokens = max_tokens
-        self._config, self._device = config, device
-        self._cache: LatentCache | None = LatentCache(config, max_tokens, device)
+        self._config, self._backend = config, backend
+        self._cache: LatentCache | None = LatentCache(config, max_tokens, backend)
 
     @property
     def cache(self) -> LatentCache:
@@ -62,8 +62,9 @@ class Sequence:
 
     def fork(self, length: int) -> Sequence:
         """A sequence of its own that begins with the first `length` tokens of this one; their cache is copied."""
-        other = Sequence(self._config, self.max_tokens, self._device)
-        other.cache.copy_from(self.cache, length)
+        with self._backend.telling():
+            other = Sequence(self._config, self.max_tokens, self._backend)
+            other.cache.copy_from(self.cache, length)
         other.ids = self.ids[:length]
         return other
 
@@ -96,7 +97,6 @@ class Engine:
         placement: Placement,
         *,
         guard: MemoryGuard,
-        device: torch.device,
         stop_ids: frozenset[int],
         recommended_sampling: SamplingParams,
         tokenizer: Tokenizer,
@@ -110,7 +110,6 @@ class Engine:
         self.tokenizer = tokenizer
         self._guard = guard
         self._model = model
-        self._device = device
 
     @property
     def backend(self) -> Backend:
@@ -123,7 +122,8 @@ class Engine:
         tokens = limit if max_tokens is None else max_tokens
         if not 1 <= tokens <= limit:
             raise ContextLengthError(f"{tokens} tokens asked for; the planned context holds {limit}")
-        return Sequence(self.config, tokens, self._device)
+        with self.backend.telling():
+            return Sequence(self.config, tokens, self.backend)
 
     def new_conversation(self) -> None:
         """What follows has another topic: what routing showed so far counts for less."""
@@ -132,7 +132,7 @@ class Engine:
     def close(self) -> None:
         """End the reading threads and close the weight files; the engine is of no use afterwards. An engine that is
         dropped closes by itself."""
-        self.experts.close()
+        self._model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -147,6 +147,15 @@ class Engine:
 
         If anything fails, no sequence has changed."""
         self._check(chunks)
+        with self.backend.telling():
+            logits, rows = self._computed(chunks)
+        for chunk, row in zip(chunks, rows, strict=True):
+            row.cache.advance(row.tokens)
+            chunk.sequence.ids.extend(chunk.ids)
+        self._guard.check()
+        return logits
+
+    def _computed(self, chunks: Ids[Chunk]) -> tuple[list[torch.Tensor], list[BatchRow]]:
         ids = torch.tensor([token for chunk in chunks for token in chunk.ids], dtype=torch.int64)
         rows: list[BatchRow] = []
         for chunk in chunks:
@@ -158,11 +167,7 @@ class Engine:
             self._model.logits(hidden[first[chunk.logits](row) : row.stop])
             for chunk, row in zip(chunks, rows, strict=True)
         ]
-        for chunk, row in zip(chunks, rows, strict=True):
-            row.cache.advance(row.tokens)
-            chunk.sequence.ids.extend(chunk.ids)
-        self._guard.check()
-        return logits
+        return logits, rows
 
     def prefill(self, sequence: Sequence, ids: Ids[int], *, chunk_tokens: int | None = None) -> torch.Tensor:
         """Take a prompt into a sequence in chunks (default: the planned size); float32 logits [vocab] of its last

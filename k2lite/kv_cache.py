@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import torch
 
+from k2lite.backends.base import Backend
+
 from .config import ModelConfig
 
 
 class LatentCache:
     """Room for `capacity` tokens, float32 [layers, capacity, latent]. Pages are touched only as they fill."""
 
-    def __init__(self, config: ModelConfig, capacity: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, backend: Backend) -> None:
         self.capacity = capacity
         self.length = 0
         shape = (config.num_hidden_layers, capacity, config.latent_dim)
-        self._rows = torch.empty(shape, dtype=torch.float32, device=device)
+        self._rows = backend.empty(shape, torch.float32)
 
     @staticmethod
     def nbytes_for(config: ModelConfig, tokens: int) -> int:

@@ -17,7 +17,7 @@ def recall_file(experts: ExpertSource, config: ModelConfig, path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        experts.recall(load_statistics(path, _model(config)))
+        experts.recall(load_statistics(path, traced_model(config)))
     except ValueError as error:
         raise RequestError(f"{path}: {error}; remove it and begin anew") from error
     return True
@@ -25,10 +25,10 @@ def recall_file(experts: ExpertSource, config: ModelConfig, path: Path) -> bool:
 
 def keep_in_file(experts: ExpertSource, config: ModelConfig, path: Path) -> None:
     """Write what routing has shown, over what the file held. Raises RequestError."""
-    save_statistics(path, _model(config), experts.learned())
+    save_statistics(path, traced_model(config), experts.learned())
 
 
-def _model(config: ModelConfig) -> TracedModel:
+def traced_model(config: ModelConfig) -> TracedModel:
     return TracedModel(
         config.source.parent.resolve().name, config.model_type, config.moe_layers, config.n_routed_experts
     )

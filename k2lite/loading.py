@@ -5,13 +5,16 @@ Every problem that the files' headers show is found before a weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from k2lite.backends.base import Backend
 from k2lite.backends.fallback import FallbackBackend
-from k2lite.backends.registry import AUTO, demand_contract, open_backend
+from k2lite.backends.registry import AUTO, Notify, demand_contract, open_backend
+from k2lite.backends.torch_device.backend import TorchDeviceBackend
 from k2lite.offload.cache import ExpertCache
+from k2lite.offload.direct_files import say_on_stderr
 from k2lite.offload.packed_source import PackedSource
 from k2lite.offload.policies import DEFAULT_POLICY, make_policy
 from k2lite.offload.slots import Arena
@@ -23,14 +26,18 @@ from k2lite.quant.quantization_config import parse_quantization_config
 from k2lite.quant.quantization_plan import plan_trunk
 from k2lite.quant.recipe import KEEP
 
+from .accelerated_experts import device_arena, device_experts
 from .byte_sizes import parse_bytes
 from .config import ModelConfig, read_config
+from .device_placement import Accelerator, plan_with_accelerator
 from .engine import Engine
+from .expert_work import BesideTrunk, ExpertPlaces
 from .generation_config import read_generation_config
+from .hot_experts import HotExperts
 from .learned_routing import recall_file
 from .memory_guard import MemoryGuard
 from .model import Model
-from .placement import Placement, plan_placement
+from .placement import ExpertsOn, Placement, plan_placement
 from .recording import Recorder, RecordingBackend, RecordingSource
 from .text.tokenizer import load_tokenizer
 from .weights import checkpoint_schema, load_trunk, trunk_matrices
@@ -69,6 +76,10 @@ def load(
     statistics: str | Path | None = None,
     recorder: Recorder | None = None,
     sequences: int = 1,
+    vram: str | int | None = None,
+    experts_on: ExpertsOn | None = None,
+    hot_experts: str | Path | None = None,
+    host_backend: str | Backend = "cpu",
 ) -> Engine:
     """Load a model folder and return an engine that is ready to generate.
 
@@ -90,47 +101,79 @@ def load(
     sequences: how many may be open at once; each has a KV cache of the whole context in the plan.
     recorder: is told the inputs of every matrix; slow.
 
+    With an accelerator's backend, which takes trunk and KV cache (each of these is part of the arithmetic but `vram`):
+    vram: what it may take of the accelerator's memory, as "20GiB" or bytes; by default what is free there.
+    experts_on: where experts multiply: "device", "host" (by `host_backend`, which gets `activations` and `threads`) or
+        "split"; by default device or host, by the model's and the memory's sizes.
+    hot_experts: for "split": a file of statistics that says which experts multiply on the device.
+
     Raises K2LiteError's children; see k2lite.errors."""
     make_policy(policy, [0], 1, 1)  # an unknown name is said before anything is read
     config, checkpoint = open_model(Path(model), latent_norm_eps=latent_norm_eps)
     checkpoint.raise_for_problems()
     device = _device(backend, activations, threads, notify)
+    accelerator = _accelerator(
+        device,
+        config,
+        host=host_backend,
+        host_options={"activations": activations, "threads": threads},
+        vram=vram,
+        experts_on=experts_on,
+        hot_experts=hot_experts,
+    )
+    if accelerator is not None and recorder is not None:
+        raise RequestError(f"inputs can't be recorded with backend {device.name}; take --backend cpu or reference")
     if allow_fallback:
         device = FallbackBackend(device, notify)
+        accelerator = accelerator and replace(accelerator, backend=device)
     quantized = plan_trunk(checkpoint, trunk)
-    placement = plan_placement(
-        config,
-        checkpoint,
-        device,
-        context_tokens=context,
-        ram_bytes=None if ram is None else parse_bytes(ram),
-        resident_experts=resident_experts,
-        quantized=quantized,
-        sequences=sequences,
-    )
+    ram_bytes = None if ram is None else parse_bytes(ram)
+    if accelerator is None:
+        placement = plan_placement(
+            config,
+            checkpoint,
+            device,
+            context_tokens=context,
+            ram_bytes=ram_bytes,
+            resident_experts=resident_experts,
+            quantized=quantized,
+            sequences=sequences,
+        )
+    else:
+        placement = plan_with_accelerator(
+            config,
+            checkpoint,
+            accelerator,
+            ram=accelerator.host.memory(),
+            context_tokens=context,
+            ram_bytes=ram_bytes,
+            resident_experts=resident_experts,
+            quantized=quantized,
+            sequences=sequences,
+        )
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:
         raise TokenizerError(
             f"{model}: the tokenizer has {tokenizer.n_vocab} tokens and config.json's vocab_size is "
             f"{config.vocab_size}; they belong to different models"
         )
-    weights = load_trunk(checkpoint, config, device, quantized)
     store = ExpertStore(checkpoint, mirror=None if mirror is None else Path(mirror))
-    experts = open_cache(config, store, placement, policy=policy, prefetch=prefetch)
+    with device.telling():
+        weights = load_trunk(checkpoint, config, device, quantized)
+        experts, source, places = _experts(config, store, placement, device, accelerator, policy, prefetch, notify)
     if statistics is not None:
         recall_file(experts, config, Path(statistics))
     generation_eos, recommended = read_generation_config(Path(model))
     stop_ids = frozenset(config.eos_token_ids) | frozenset(generation_eos) | tokenizer.end_of_turn_ids
-    model_experts: ExpertSource = PackedSource(experts, device) if placement.packs_experts else experts
     if recorder is not None:
         device = RecordingBackend(device, recorder, trunk_matrices(weights, config.tensor_prefix))
-        model_experts = RecordingSource(model_experts, device, config.tensor_prefix)
+        source, places = RecordingSource(source, device, config.tensor_prefix), BesideTrunk(device)
+    host = device if accelerator is None else accelerator.host
     return Engine(
-        Model(config, weights, model_experts, device),
+        Model(config, weights, source, device, places),
         experts,
         placement,
-        guard=MemoryGuard(device.memory, experts, placement.slot_bytes),
-        device=device.device,
+        guard=MemoryGuard(host.memory, experts, placement.slot_bytes),
         stop_ids=stop_ids,
         recommended_sampling=recommended,
         tokenizer=tokenizer,
@@ -138,13 +181,19 @@ def load(
 
 
 def open_cache(
-    config: ModelConfig, store: ExpertStore, placement: Placement, *, policy: str, prefetch: bool
+    config: ModelConfig,
+    store: ExpertStore,
+    placement: Placement,
+    *,
+    policy: str,
+    prefetch: bool,
+    arena: Arena | None = None,
 ) -> ExpertCache:
     """The experts of a planned model behind their arena."""
     layers = config.moe_layers or (0,)  # a model without experts has a cache that nobody asks
     return ExpertCache(
         store,
-        Arena(placement.slots, placement.slot_bytes),
+        Arena(placement.slots, placement.slot_bytes) if arena is None else arena,
         layers,
         config.n_routed_experts,
         policy=make_policy(policy, layers, config.n_routed_experts, max(1, placement.slots - placement.ring_slots)),
@@ -154,12 +203,64 @@ def open_cache(
     )
 
 
-def _device(
-    backend: str | Backend, activations: str | None, threads: int | None, notify: Callable[[str], None] | None
-) -> Backend:
+def _experts(
+    config: ModelConfig,
+    store: ExpertStore,
+    placement: Placement,
+    device: Backend,
+    accelerator: Accelerator | None,
+    policy: str,
+    prefetch: bool,
+    notify: Notify | None,
+) -> tuple[ExpertCache, ExpertSource, ExpertPlaces]:
+    """The cache in RAM, what the model asks for experts, and where they multiply."""
+    if accelerator is None:
+        cache = open_cache(config, store, placement, policy=policy, prefetch=prefetch)
+        return cache, PackedSource(cache, device) if placement.packs_experts else cache, BesideTrunk(device)
+    say = notify or say_on_stderr
+    arena = device_arena(accelerator, placement, say)
+    cache = open_cache(config, store, placement, policy=policy, prefetch=prefetch, arena=arena)
+    return cache, *device_experts(accelerator, cache, placement)
+
+
+def _device(backend: str | Backend, activations: str | None, threads: int | None, notify: Notify | None) -> Backend:
     if isinstance(backend, str):
-        return open_backend(backend, notify=notify, activations=activations, threads=threads)
+        return open_backend(backend, notify=notify, host_options={"activations": activations, "threads": threads})
     demand_contract(backend.name, backend.contract)
-    if activations is not None or threads is not None:
+    if (activations is not None or threads is not None) and not isinstance(backend, TorchDeviceBackend):
         raise RequestError("activations and threads are options of a backend that load() opens by name")
     return backend
+
+
+def _accelerator(
+    device: Backend,
+    config: ModelConfig,
+    *,
+    host: str | Backend,
+    host_options: Mapping[str, object],
+    vram: str | int | None,
+    experts_on: ExpertsOn | None,
+    hot_experts: str | Path | None,
+) -> Accelerator | None:
+    """What is to be planned with an accelerator; None for a backend that is none. Raises RequestError for what has no
+    effect then."""
+    asked = {"vram": vram, "experts_on": experts_on, "hot_experts": hot_experts}
+    if not isinstance(device, TorchDeviceBackend):
+        for option, given in asked.items():
+            if given is not None:
+                raise RequestError(f"{option} has no effect with backend {device.name!r}, which is no accelerator's")
+        return None
+    if hot_experts is not None and experts_on != "split":
+        raise RequestError("hot_experts has no effect unless experts_on is split")
+    if experts_on == "device":
+        for option, value in host_options.items():
+            if value is not None:
+                raise RequestError(f"{option} has no effect with experts on the device: nothing multiplies on the host")
+    return Accelerator(
+        device,
+        device,
+        open_backend(host, host_options=host_options) if isinstance(host, str) else host,
+        vram_bytes=None if vram is None else parse_bytes(vram),
+        experts_on=experts_on,
+        hot=None if hot_experts is None else HotExperts.read(Path(hot_experts), config),
+    )

@@ -17,6 +17,7 @@ from k2lite.offload.source import ExpertSource
 from .attention import Rotation, latent_attention
 from .batch import BatchRow
 from .config import ModelConfig
+from .expert_work import ExpertPlaces, there
 from .moe import DECODE_TOKENS, guess_experts, moe_block, routing_rule
 from .weights import LayerWeights, MoeWeights, TrunkWeights
 
@@ -24,11 +25,14 @@ from .weights import LayerWeights, MoeWeights, TrunkWeights
 class Model:
     """Weights and where the rest of them comes from."""
 
-    def __init__(self, config: ModelConfig, trunk: TrunkWeights, experts: ExpertSource, backend: Backend) -> None:
+    def __init__(
+        self, config: ModelConfig, trunk: TrunkWeights, experts: ExpertSource, backend: Backend, places: ExpertPlaces
+    ) -> None:
         self.config = config
         self._trunk = trunk
         self._experts = experts
         self._backend = backend
+        self._places = places
         self._rule = routing_rule(config)
 
     @property
@@ -36,19 +40,23 @@ class Model:
         """What multiplies."""
         return self._backend
 
+    def close(self) -> None:
+        """End what brings the experts."""
+        self._experts.close()
+
     def hidden_states(self, ids: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
         """Final hidden states float32 [T, D] of token ids int64 [T]. The caches in `rows` hold the tokens' latents
         afterwards; they become part of the sequences by `advance`, which is the caller's."""
-        rotation = Rotation(self.config, rows, self._backend.device)
-        x = self._backend.embed(ids.to(self._backend.device), self._trunk.embed_tokens)
+        rotation = Rotation(self.config, rows, self._backend)
+        x = self._backend.embed(there(ids, self._backend), self._trunk.embed_tokens)
         for index, layer in enumerate(self._trunk.layers):
             x = self._layer(x, layer, index, rows, rotation)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [T, vocab] of final hidden states [T, D]."""
+        """float32 [T, vocab] on the host of final hidden states [T, D]."""
         normed = self._backend.rms_norm(hidden, self._trunk.norm, self.config.rms_norm_eps)
-        return self._backend.linear(normed, self._trunk.lm_head)
+        return self._backend.download(self._backend.linear(normed, self._trunk.lm_head))
 
     def _layer(
         self, x: torch.Tensor, layer: LayerWeights, index: int, rows: Sequence[BatchRow], rotation: Rotation
@@ -63,7 +71,7 @@ class Model:
         def look_ahead(shared: torch.Tensor) -> None:
             self._hint(x + shared, index + 1)
 
-        return x + moe_block(normed, layer.ffn, index, self._rule, self._experts, backend, look_ahead)
+        return x + moe_block(normed, layer.ffn, index, self._rule, self._experts, backend, self._places, look_ahead)
 
     def _hint(self, x: torch.Tensor, index: int) -> None:
         """Tell the source what layer `index` may choose, judged by hidden states x [T, D] that lack only the routed

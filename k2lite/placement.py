@@ -31,11 +31,50 @@ RING_SLOTS, RING_SHARE = 16, 1 / 24
 MAX_CHUNK_TOKENS, EASY_CHUNK_TOKENS = 4096, 32
 
 
+ExpertsOn = Literal["host", "device", "split"]
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """Bytes by purpose in the memory of the accelerator `name`. `slots` is how many experts have room there,
+    `passing_slots` of them for those that pass through; with experts on the host there is none."""
+
+    name: str
+    budget_bytes: int
+    trunk_bytes: int
+    kv_bytes: int
+    transient_bytes: int
+    headroom_bytes: int
+    slots: int
+    passing_slots: int
+    slot_bytes: int
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def resident_slots(self) -> int:
+        return self.slots - self.passing_slots
+
+    @property
+    def total_bytes(self) -> int:
+        return self.arena_bytes + self.trunk_bytes + self.kv_bytes + self.transient_bytes + self.headroom_bytes
+
+    def __str__(self) -> str:
+        passing = f", {self.passing_slots} of them to pass through" if self.passing_slots else ""
+        experts = f", {self.slots} slots for experts {gib(self.arena_bytes)}{passing}" if self.slots else ""
+        return (
+            f"on {self.name}: trunk {gib(self.trunk_bytes)}, KV {gib(self.kv_bytes)}{experts}; "
+            f"{gib(self.total_bytes)} of {gib(self.budget_bytes)}"
+        )
+
+
 @dataclass(frozen=True)
 class Placement:
-    """Bytes by purpose, all in RAM, and the name of the arithmetic. `slots` is how many of the model's `experts` have
-    room at once, `ring_slots` of them for those that pass through; `packs_experts`, whether they become other bytes or
-    go to another memory before they multiply."""
+    """Bytes by purpose in RAM, and the name of the arithmetic. `slots` is how many of the model's `experts` have room
+    at once, `ring_slots` of them for those that pass through; `packs_experts`, whether they become other bytes or go to
+    another memory before they multiply. With an accelerator, `device` has trunk and KV, and RAM has none of them."""
 
     backend: str
     arithmetic: str
@@ -53,6 +92,8 @@ class Placement:
     budget_bytes: int
     packs_experts: bool = False
     sequences: int = 1
+    multiply_on: ExpertsOn = "host"
+    device: DeviceShare | None = None
 
     @property
     def arena_bytes(self) -> int:
@@ -65,13 +106,24 @@ class Placement:
 
     @property
     def everything_fits(self) -> bool:
-        return self.slots >= self.experts
+        return self.slots + (self.device.resident_slots if self.device else 0) >= self.experts
 
-    def experts_on(self, layer: int) -> Literal["host", "device", "split"]:  # noqa: ARG002
-        """Where a layer's experts multiply; one device so far, so every layer answers alike."""
-        return "host"
+    @property
+    def all_trunk_bytes(self) -> int:
+        """Wherever it lies."""
+        return self.trunk_bytes + (self.device.trunk_bytes if self.device else 0)
+
+    def experts_on(self, layer: int) -> ExpertsOn:  # noqa: ARG002
+        """Where a layer's experts multiply; every layer answers alike."""
+        return self.multiply_on
 
     def __str__(self) -> str:
+        if self.device is not None:
+            return (
+                f"backend {self.backend} ({self.arithmetic}); {self.device}; in RAM: {self.slots} of {self.experts} "
+                f"experts {gib(self.arena_bytes)}; KV for {_contexts(self.sequences, self.context_tokens)}; prompts in "
+                f"chunks of {self.prefill_chunk_tokens}; {gib(self.total_bytes)} of {gib(self.budget_bytes)}"
+            )
         kept = (
             f"all {self.experts} experts {gib(self.arena_bytes)}"
             if self.everything_fits
@@ -127,25 +179,31 @@ def plan_placement(
     are converted while loading. `sequences` is how many KV caches of the whole context there may be at once."""
     context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
-    _demand_formats(checkpoint, backend, changed)
+    demand_formats(checkpoint, backend, changed)
     packed = packing_bytes(checkpoint, backend)
-    memory = backend.memory()
-    if ram_bytes is not None and ram_bytes > memory.available_bytes:
-        raise MemoryPlanError(
-            f"--ram {gib(ram_bytes)} is more than the {gib(memory.available_bytes)} of memory that is available; "
-            "k2lite doesn't swap"
-        )
     return plan_memory(
         config,
         WeightBytes.of(config, checkpoint, changed),
         backend.name,
         backend.capabilities().arithmetic + (f", trunk to {changed[0].target.name}" if changed else ""),
         context=context,
-        budget=spare_bytes(memory) if ram_bytes is None else ram_bytes,
+        budget=budget_of(backend.memory(), ram_bytes),
         resident_experts=resident_experts,
         packing=packed,
         sequences=sequences,
     )
+
+
+def budget_of(memory: Memory, asked: int | None, option: str = "--ram") -> int:
+    """What may be taken of a memory. Raises MemoryPlanError where more is asked for than there is."""
+    if asked is None:
+        return spare_bytes(memory)
+    if asked > memory.available_bytes:
+        raise MemoryPlanError(
+            f"{option} {gib(asked)} is more than the {gib(memory.available_bytes)} of memory that is available"
+            + ("; k2lite doesn't swap" if option == "--ram" else "")
+        )
+    return asked
 
 
 def spare_bytes(memory: Memory) -> int:
@@ -172,13 +230,15 @@ def plan_memory(
     resident_experts: float | None = None,
     packing: int = 0,
     sequences: int = 1,
+    chunk: int | None = None,
+    kv_elsewhere: bool = False,
 ) -> Placement:
     """Share `budget` bytes: what must be there first, experts in what is left. `packing` bytes are for experts that are
-    packed. Raises RequestError, MemoryPlanError."""
-    kv = sequences * LatentCache.nbytes_for(config, context)
+    packed. `chunk` tokens of a prompt if that is decided already. Raises RequestError, MemoryPlanError."""
+    kv = 0 if kv_elsewhere else sequences * LatentCache.nbytes_for(config, context)
     fewest = min(config.num_experts_per_tok + 1, weights.experts)
     first = weights.trunk + kv + packing + HEADROOM_BYTES + fewest * weights.slot
-    chunk = _chunk_tokens(config, context, budget - first)
+    chunk = chunk_tokens(config, context, budget - first) if chunk is None else chunk
     transient = transient_bytes(config, chunk) + packing
     room = max(0, budget - weights.trunk - kv - transient - HEADROOM_BYTES) // weights.slot
     fixed = None if resident_experts is None else _wanted(resident_experts, weights.experts, fewest)
@@ -191,7 +251,6 @@ def plan_memory(
             f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
         )
     slots = min(room, weights.experts) if fixed is None else fixed
-    ring = max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, int(RING_SHARE * slots)))
     return Placement(
         backend=backend,
         arithmetic=arithmetic,
@@ -204,12 +263,17 @@ def plan_memory(
         headroom_bytes=HEADROOM_BYTES,
         experts=weights.experts,
         slots=slots,
-        ring_slots=0 if slots == weights.experts else ring,
+        ring_slots=0 if slots == weights.experts else ring_of(config, slots),
         slot_bytes=weights.slot,
         budget_bytes=budget,
         packs_experts=packing > 0,
         sequences=sequences,
     )
+
+
+def ring_of(config: ModelConfig, slots: int) -> int:
+    """How many of the slots are for what only passes through, where not everything fits."""
+    return max(1, min(RING_SLOTS, slots - config.num_experts_per_tok, int(RING_SHARE * slots)))
 
 
 def transient_bytes(config: ModelConfig, tokens: int) -> int:
@@ -220,7 +284,7 @@ def transient_bytes(config: ModelConfig, tokens: int) -> int:
     return 4 * tokens * ((active + 6) * config.hidden_size + 3 * ffn + 2 * heads)
 
 
-def _chunk_tokens(config: ModelConfig, context: int, left: int) -> int:
+def chunk_tokens(config: ModelConfig, context: int, left: int) -> int:
     """The largest chunk of a prompt, a power of two: each chunk reads most experts once, so fewer chunks are faster,
     but beyond an easy size it may take an eighth of the `left` bytes at most."""
     chunk = MAX_CHUNK_TOKENS
@@ -246,7 +310,8 @@ def _wanted(resident_experts: float, experts: int, fewest: int) -> int:
     return count
 
 
-def _demand_formats(checkpoint: Checkpoint, backend: Backend, changed: Collection[Matrix]) -> None:
+def demand_formats(checkpoint: Checkpoint, backend: Backend, changed: Collection[Matrix]) -> None:
+    """Raise BackendError for what the backend can't multiply."""
     capabilities = backend.capabilities()
     demand_multipliable(checkpoint, backend.name, capabilities)
     missing = {matrix.target.name for matrix in changed} - capabilities.formats

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from k2lite.quant.types import ExpertKey, ExpertWeights
 
 from .arrivals import Arrivals
 from .governor import PrefetchGovernor
+from .held import Held, Leased
 from .lease import CacheLease
 from .policies import Policy
 from .policy import State
@@ -31,20 +31,6 @@ from .uninterrupted import uninterrupted
 
 # A guess that is wrong more often than not costs more than it hides.
 MIN_CHANCE = 0.5
-
-
-@dataclass(eq=False)
-class Held:
-    """An expert that has a slot: on its way while `read` is set, readable once `weights` is. `pins` counts leases."""
-
-    key: ExpertKey
-    slot: int
-    in_ring: bool
-    read: ExpertRead | None = None
-    weights: ExpertWeights | None = None
-    error: Exception | None = None
-    pins: int = 0
-    is_guess: bool = False  # read on a guess and not asked for since
 
 
 # The contract of a lease, each sentence a test in tests/offload/test_lease.py:
@@ -88,8 +74,9 @@ class ExpertCache(ExpertSource):
         self._arrivals = Arrivals()
         self._counters = SourceCounters()
         self.governor = PrefetchGovernor(min(prefetch_width, ring), self._counters.prefetch)
-        self._leased = _Leased(self)
+        self._leased = Leased(self._table, self._layers)
         self._last: tuple[int, list[int]] | None = None  # the row that was observed last in decode, and its choice
+        self.elsewhere: Collection[ExpertKey] = frozenset()  # those that a nearer tier holds: not to be read ahead
 
     @property
     def counters(self) -> SourceCounters:  # type: ignore[override]
@@ -122,6 +109,8 @@ class ExpertCache(ExpertSource):
             raise ValueError(f"layer {layer}: an expert is asked for twice in one lease: {sorted(experts)}")
         self._counters.requested_experts += len(keys)
         self.collect()
+        if not keys:
+            self.settle(layer)  # no key says of which layer the lease is
         lease = CacheLease(self, keys, None if keep is None else {ExpertKey(layer, expert) for expert in keep})
         if self._last is not None and self._last[0] == len(self._layers) - 1 and self.wants_hint(self._layers[0]):
             with uninterrupted():
@@ -242,7 +231,7 @@ class ExpertCache(ExpertSource):
             if not self._ring:
                 return
             key = ExpertKey(self._layers[row], expert)
-            if key not in self._table:
+            if key not in self._table and key not in self.elsewhere:
                 self._guess(key)
 
     @uninterrupted()
@@ -250,6 +239,37 @@ class ExpertCache(ExpertSource):
         """The layer's experts are known now: guesses that were wrong make room."""
         for held in [held for held in self._table.values() if held.is_guess and held.key.layer == layer]:
             self._drop_guess(held)
+
+    # -- what a nearer tier calls -------------------------------------------------------------------------------
+
+    def slot_of(self, key: ExpertKey) -> int:
+        """Where a leased expert lies."""
+        return self._table[key].slot
+
+    @uninterrupted()
+    def hand_over(self, key: ExpertKey) -> int | None:
+        """An expert has gone to the nearer tier: its slot, which is the caller's until `take_back`. None where it is
+        not resident, or leased."""
+        held = self._table.get(key)
+        if held is None or held.pins or held.in_ring or held.weights is None:
+            return None
+        self.policy.evict(self._row[key.layer], key.expert)
+        self._residents -= 1
+        del self._table[key]
+        return held.slot
+
+    @uninterrupted()
+    def take_back(self, slot: int, arrived: tuple[ExpertKey, ExpertWeights] | None) -> None:
+        """A slot that was handed over comes back, empty or with another expert that had no slot here."""
+        if arrived is None:
+            self._free.append(slot)
+            return
+        key, weights = arrived
+        if key in self._table:
+            raise RuntimeError(f"{key} came back from the nearer tier and was here already")
+        self._table[key] = Held(key, slot, in_ring=False, weights=weights)
+        self._residents += 1
+        self.policy.admit(self._row[key.layer], key.expert, ahead=False)
 
     def collect(self, *, wait: bool = False) -> None:
         """Take note of what the readers have finished; with `wait`, of at least one read."""
@@ -283,7 +303,7 @@ class ExpertCache(ExpertSource):
             if not left or not self._ring or chance < MIN_CHANCE:
                 return
             key = ExpertKey(self._layers[row], expert)
-            if key in self._table:
+            if key in self._table or key in self.elsewhere:
                 continue
             left -= 1
             self._guess(key)
@@ -370,17 +390,3 @@ class ExpertCache(ExpertSource):
 
     def _return_slot(self, held: Held) -> None:
         (self._ring if held.in_ring else self._free).append(held.slot)
-
-
-class _Leased:
-    """The experts that may not be evicted, as (row of the layer, expert)."""
-
-    def __init__(self, cache: ExpertCache) -> None:
-        self._table = cache._table
-        self._layers = cache._layers
-
-    def __contains__(self, item: object) -> bool:
-        if not isinstance(item, tuple):
-            return False
-        held = self._table.get(ExpertKey(self._layers[item[0]], item[1]))
-        return held is not None and held.pins > 0

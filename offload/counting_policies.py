@@ -28,11 +28,11 @@ class LeastRecentlyUsed(KeyedPolicy):
         self._clock += 1
         self._keys[layer_index, np.asarray(ids)] = self._clock
 
-    def admit(self, layer_index: int, expert: int) -> None:
+    def admit(self, layer_index: int, expert: int, *, ahead: bool = True) -> None:
         """Fetching ahead counts as a use."""
-        if not self._chosen[layer_index, expert]:
+        if ahead and not self._chosen[layer_index, expert]:
             self._keys[layer_index, expert] = self._clock
-        super().admit(layer_index, expert)
+        super().admit(layer_index, expert, ahead=ahead)
         self._candidates[layer_index, expert] = self._keys[layer_index, expert]
 
 

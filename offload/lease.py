@@ -18,7 +18,8 @@ from .source import Lease
 from .uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
-    from .cache import ExpertCache, Held
+    from .cache import ExpertCache
+    from .held import Held
 
 
 class CacheLease(Lease):
@@ -38,7 +39,7 @@ class CacheLease(Lease):
         except BaseException:
             self.release()
             raise
-        self._in_waves = bool(self._todo) or (keep is not None and len(keep) < len(keys))
+        self.in_waves = bool(self._todo) or (keep is not None and len(keep) < len(keys))
 
     def _take(self, keys: Sequence[ExpertKey]) -> None:
         for key in keys:
@@ -106,7 +107,7 @@ class CacheLease(Lease):
             if self._keeps(held.key):
                 self._cache.keep(held)
         yield {held.key.expert: held.weights for held in members if held.weights is not None}
-        if not self._released and self._in_waves:
+        if not self._released and self.in_waves:
             with uninterrupted():
                 self._give_back([held for held in members if held.in_ring])
 

@@ -26,9 +26,9 @@ class NextUsePolicy(KeyedPolicy):
     @abstractmethod
     def _update(self, layer_index: int, ids: Sequence[int]) -> None: ...
 
-    def _urgency(self, worst: Array) -> Array:
+    def _urgency(self, keys: Array, distances: Array) -> Array:
         n_layers = self.shape[0]
-        return self.distances + (n_layers / worst - n_layers)
+        return distances + (n_layers / keys - n_layers)
 
 
 class TwoRateCyclic(NextUsePolicy):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
-from k2lite.backends.base import Backend
+from k2lite.backends.base import Backend, ExpertSlot
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.formats import QuantFormat, Shape
 from k2lite.quant.types import PROJECTIONS, ExpertKey, ExpertWeights
@@ -20,18 +20,23 @@ from .source import ExpertSource, ForwardingSource, Lease
 PLACES = 8
 
 
-def packing_bytes(checkpoint: Checkpoint, backend: Backend) -> int:
-    """What the places take; 0 for a backend that multiplies experts as stored, in RAM. For a whole checkpoint."""
+def expert_rooms(checkpoint: Checkpoint, backend: Backend) -> list[ExpertSlot]:
+    """The room for each kind of expert that a whole checkpoint holds."""
     schema = checkpoint.schema
     kinds = {
         tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS)
         for layer in schema.expert_layers
         for modules in (checkpoint.expert_modules(ExpertKey(layer, n)) for n in range(schema.n_routed_experts))
     }
-    slots = [backend.expert_slot(kind) for kind in kinds]  # type: ignore[arg-type]
-    if backend.device.type == "cpu" and not any(slot.repacked for slot in slots):
+    return [backend.expert_slot(kind) for kind in kinds]  # type: ignore[arg-type]
+
+
+def packing_bytes(checkpoint: Checkpoint, backend: Backend) -> int:
+    """What the places take; 0 for a backend that multiplies experts as stored, in RAM."""
+    rooms = expert_rooms(checkpoint, backend)
+    if backend.device.type == "cpu" and not any(room.repacked for room in rooms):
         return 0
-    return PLACES * max((slot.nbytes for slot in slots), default=0)
+    return PLACES * max((room.nbytes for room in rooms), default=0)
 
 
 class PackedSource(ForwardingSource):

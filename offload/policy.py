@@ -34,8 +34,9 @@ class Policy(Protocol):
     def observe(self, layer_index: int, ids: Sequence[int]) -> None:
         """One token's choice in one layer, all experts of it at once, in time order."""
 
-    def admit(self, layer_index: int, expert: int) -> None:
-        """The expert is resident from now on: it was missed, or prefetched."""
+    def admit(self, layer_index: int, expert: int, *, ahead: bool = True) -> None:
+        """The expert is resident from now on: it was missed, or prefetched. Not `ahead`: it came back from a nearer
+        tier, and nobody expects it."""
 
     def victim(self, leased: Container[tuple[int, int]]) -> tuple[int, int]:
         """The resident (layer index, expert) to evict, never one in `leased`. Does not evict it. RuntimeError where
@@ -43,6 +44,9 @@ class Policy(Protocol):
 
     def evict(self, layer_index: int, expert: int) -> None:
         """The expert is no longer resident."""
+
+    def urgency(self, experts: Sequence[tuple[int, int]]) -> Array:
+        """How far the next use of each (layer index, expert) is, resident or not: the largest leaves first. [n]"""
 
     def state(self) -> State:
         """What was learned, without who is resident."""
@@ -82,10 +86,14 @@ class KeyedPolicy(ABC):
     def _update(self, layer_index: int, ids: Sequence[int]) -> None:
         """Learn one choice and renew the layer's row of `_keys`."""
 
-    def _urgency(self, worst: Array) -> Array:
-        """How badly each layer's worst expert, with keys [L], should go: the largest goes. A layer with nothing
-        resident has the key infinity and must come below all others. Equal keys: the layer that comes last."""
-        return self.distances * 1e-9 - worst
+    def _urgency(self, keys: Array, distances: Array) -> Array:
+        """How badly experts with these keys, so far from their layer's turn, should go: the largest goes. A layer with
+        nothing resident has the key infinity and must come below all others. Equal keys: the layer that comes last."""
+        return distances * 1e-9 - keys
+
+    def urgency(self, experts: Sequence[tuple[int, int]]) -> Array:
+        rows, columns = np.array(experts, dtype=np.int64).reshape(-1, 2).T
+        return self._urgency(self._keys[rows, columns], self.distances[rows])
 
     @property
     def distances(self) -> Array:
@@ -103,12 +111,12 @@ class KeyedPolicy(ABC):
         self._candidates[layer_index] = np.where(self._resident[layer_index], self._keys[layer_index], np.inf)
         self._stale.add(layer_index)
 
-    def admit(self, layer_index: int, expert: int) -> None:
+    def admit(self, layer_index: int, expert: int, *, ahead: bool = True) -> None:
         at = layer_index, expert
         if self._resident[at]:
             raise ValueError(f"layer index {layer_index}, expert {expert} is resident already")
         self._resident[at] = True
-        self._expected[at] = not self._chosen[at]
+        self._expected[at] = ahead and not self._chosen[at]
         self._candidates[at] = self.CERTAIN if self._expected[at] else self._keys[at]
         self._stale.add(layer_index)
 
@@ -127,7 +135,7 @@ class KeyedPolicy(ABC):
         self._stale.clear()
         worst, experts = self._worst, self._worst_expert
         while True:
-            urgency = self._urgency(worst)
+            urgency = self._urgency(worst, self.distances)
             layer_index = int(urgency.argmax())
             if worst[layer_index] == np.inf:
                 raise RuntimeError("no expert can be evicted: all that are resident are leased")

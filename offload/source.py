@@ -36,6 +36,19 @@ class PrefetchCounters:
 
 
 @dataclass
+class DeviceCounters:
+    """What an accelerator's memory did as a tier: experts that were there when they were asked for, that were sent
+    there, that stayed there (promoted) and left (demoted); bytes that went there and came back."""
+
+    hit_experts: int = 0
+    sent_experts: int = 0
+    sent_bytes: int = 0
+    returned_bytes: int = 0
+    promoted_experts: int = 0
+    demoted_experts: int = 0
+
+
+@dataclass
 class SourceCounters:
     """What a source did since it was opened. A hit is an expert that needed no read since its last eviction: one that
     was read on a guess is none when it is first used. `read_s` is the time in which something was being read,
@@ -49,10 +62,14 @@ class SourceCounters:
     wait_s: float = 0.0
     evicted_experts: int = 0
     prefetch: PrefetchCounters = field(default_factory=PrefetchCounters)
+    device: DeviceCounters = field(default_factory=DeviceCounters)
 
 
 class Lease(ABC):
-    """The right to read some experts of one layer."""
+    """The right to read some experts of one layer. `in_waves`: a group's views are valid until the next group is asked
+    for, else until the release."""
+
+    in_waves: bool = True
 
     @abstractmethod
     def ready(self) -> Iterator[Mapping[int, ExpertWeights]]:

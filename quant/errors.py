@@ -7,6 +7,8 @@ K2LiteError                 anything the user can act on: one line, exit code 2
 ├── ContextLengthError      more tokens asked for than the context holds
 ├── MemoryPlanError         what must be in memory does not fit
 ├── BackendError            a backend that is unknown or not ready
+│   ├── DeviceMemoryError   an accelerator's memory ran out in mid-run: this request fails, others go on
+│   └── DeviceLostError     an accelerator is gone until the process starts anew
 └── RequestError            an argument out of range
 
 A message names where (file, tensor, key), what was expected, what was found, and what to do.
@@ -39,6 +41,14 @@ class MemoryPlanError(K2LiteError):
 
 class BackendError(K2LiteError):
     """A backend is unknown, not ready, or can't take what the plan gives it."""
+
+
+class DeviceMemoryError(BackendError):
+    """An accelerator has no memory left for what was asked of it just now. What ran before goes on."""
+
+
+class DeviceLostError(BackendError):
+    """An accelerator failed or was lost; nothing runs on it until the process starts anew."""
 
 
 class RequestError(K2LiteError):

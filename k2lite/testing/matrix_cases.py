@@ -111,7 +111,7 @@ def _expert_ffn(format: str, backend: Backend) -> Measured:
     for source, rows, slots in sources:
         if rows:
             expected = oracle.mlp(oracle.exact(x)[rows], source)
-            error = max(error, oracle.relative_error(out[rows, slots], expected))
+            error = max(error, oracle.relative_error(backend.download(out)[rows, slots], expected))
     return Measured(error, MLP_GROWTH * backend.capabilities().numerics.linear_error)
 
 

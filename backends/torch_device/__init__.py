@@ -1,0 +1,1 @@
+"""What every torch accelerator shares: memory, streams, events, pinned staging, experts on their way to slots."""

@@ -1,0 +1,72 @@
+"""The way of experts between RAM and a device's slots: asynchronous copies on a side stream for each direction.
+
+Invariant: a kernel that is issued after `use` sees the whole expert; the host's bytes must stay until the event of
+`send`, or of `fetch`, is over. Which expert goes where is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from k2lite.backends.base import DONE, Event
+from k2lite.quant.types import ExpertWeights
+
+from .pinned import PinnedPool
+from .runtime import DeviceEvent, DeviceRuntime
+from .slots import DeviceSlots
+
+Copy = Callable[[torch.Tensor, torch.Tensor], Any]
+# How an expert goes into a slot: (its weights, the slot's bytes, what copies a part) -> views into the slot.
+Place = Callable[[ExpertWeights, torch.Tensor, Copy], ExpertWeights]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An expert on its way: its views in the slot, and when its bytes are there."""
+
+    weights: ExpertWeights
+    event: DeviceEvent
+
+
+class ExpertLink:
+    """Copies by `place`, a backend's own; through `pool` what comes from pages that are not pinned."""
+
+    def __init__(self, runtime: DeviceRuntime, place: Place, pool: PinnedPool) -> None:
+        self._runtime = runtime
+        self._place = place
+        self._pool = pool
+        self._up, self._down = runtime.new_stream(), runtime.new_stream()
+
+    def send(self, expert: ExpertWeights, slots: DeviceSlots, slot: int, *, pinned: bool) -> Sent:
+        """Begin to copy an expert into a slot, once the kernels that read the slot are done."""
+
+        def copy(src: torch.Tensor, dst: torch.Tensor) -> Event:
+            if pinned:
+                self._runtime.copy(src, dst, self._up)
+            else:
+                self._pool.send(src, dst, self._up)
+            return DONE
+
+        weights = self._place(expert, slots.claim(slot, self._up), copy)
+        return Sent(weights, self._up.record())
+
+    def fetch(self, there: ExpertWeights, here: ExpertWeights, slots: DeviceSlots, slot: int) -> DeviceEvent:
+        """Begin to copy an expert that has arrived in a slot back into pinned memory of the host."""
+        for source, room in zip(there, here, strict=True):
+            for suffix, part in source.parts.items():
+                self._runtime.copy(part, room.parts[suffix], self._down)
+        event = self._down.record()
+        slots.read_until(slot, event)
+        return event
+
+    def use(self, event: DeviceEvent) -> None:
+        """What the device computes from now on starts after `event`."""
+        self._runtime.compute_stream().wait(event)
+
+    def computed(self) -> DeviceEvent:
+        """The point behind all that the device was told to compute so far."""
+        return self._runtime.compute_stream().record()
