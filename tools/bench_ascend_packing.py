@@ -8,6 +8,7 @@ scales in groups of 32. Reads are direct, four experts at a time as the store do
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import statistics
@@ -17,12 +18,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from k2lite.backends.ascend.backend import AscendBackend
 from k2lite.backends.ascend.layout import ExpertKind
 from k2lite.quant.formats import format_named
 from k2lite.quant.types import ExpertWeights, QuantTensor
+from tests.backends.plain_runtime import PlainRuntime
 
 HIDDEN, WIDTH = 7168, 2048
 EXPERTS, PAIRS, IN_FLIGHT = 60, 12, 4
@@ -34,7 +37,8 @@ def random_expert(generator: torch.Generator) -> ExpertWeights:
     for shape in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)):
         parts = {}
         for suffix, (dtype, size) in stored.parts(shape).items():
-            room = torch.empty(size, dtype=dtype)
+            # huge pages, as the store's arena has
+            room = torch.from_numpy(np.empty(dtype.itemsize * math.prod(size), np.uint8)).view(dtype).view(size)
             parts[suffix] = room
             room.view(torch.uint8).random_(0, 120, generator=generator)
         matrices.append(QuantTensor(stored, shape, parts))
@@ -45,7 +49,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     experts = [random_expert(generator) for _ in range(6)]
     kind = ExpertKind.of([(matrix.format, matrix.shape) for matrix in experts[0]])
-    backend = AscendBackend(torch.device("cpu"))
+    backend = AscendBackend(PlainRuntime())
     for expert in experts:
         backend.staged(expert, kind)  # compiled, and every page touched
     given = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.gettempdir()) / f"k2lite-{os.getpid()}"

@@ -22,6 +22,7 @@ from k2lite.quant.types import ExpertWeights, QuantTensor
 from k2lite.recording import Recorder
 from k2lite.testing import oracle
 from tests.backends.cambricon import emulator
+from tests.backends.plain_runtime import PlainRuntime
 
 QUESTION = "How many centimeters are 12 meters? Please send a letter with city Torino and count 3."
 # way: formats of gate, up and down, and how a prompt multiplies; None: token by token
@@ -86,9 +87,7 @@ def requantized(expert: ExpertWeights, formats: tuple[str, str, str]) -> ExpertW
 
 
 def multiplied(x: torch.Tensor, expert: ExpertWeights, prefill: Prefill | None) -> torch.Tensor:
-    backend = CambriconBackend(
-        torch.device("cpu"), Operations(emulator.stand_in("1.3.2")), prefill=prefill or "dequantized"
-    )
+    backend = CambriconBackend(PlainRuntime(), Operations(emulator.stand_in("1.3.2")), prefill=prefill or "dequantized")
     slot = backend.expert_slot([(matrix.format, matrix.shape) for matrix in expert])
     packed = backend.pack_expert(expert, backend.alloc(slot.nbytes))
     rows = torch.arange(len(x))

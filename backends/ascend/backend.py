@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -19,31 +20,32 @@ from .. import batched
 from ..base import (
     DONE,
     Assignment,
-    Backend,
     Capabilities,
     Event,
     ExpertSlot,
-    Memory,
     RoutingRule,
     Segment,
     UnsupportedOperationError,
 )
-from ..host_memory import host_memory
+from ..torch_device.backend import STAGING_PIECES, TorchDeviceBackend
+from ..torch_device.expert_link import Copy
+from ..torch_device.torch_pinned import PinningRuntime, TorchPinnedPool
 from .attention import attention, causal_mask
 from .experts import GroupedExperts
-from .layout import CODES, SCALES, WEIGHT, Arena, ExpertKind, PackedAlongOutputs, pack_into, packed_matrix
+from .layout import ALIGNMENT, CODES, SCALES, WEIGHT, Arena, ExpertKind, PackedAlongOutputs, pack_into, packed_matrix
 from .operations import MAX_GROUPS, MAX_SIDE, dense_matmul
 from .spec import CAPABILITIES
 
 
-class AscendBackend(Backend):
-    """`device` is the chip, or the processor where an emulator stands in for the vendor's operations."""
+class AscendBackend(TorchDeviceBackend):
+    """`runtime` is the chip, or the processor where an emulator stands in for the vendor's operations."""
 
     name: ClassVar[str] = "ascend"
     contract: ClassVar[int] = 1
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, runtime: PinningRuntime) -> None:
+        super().__init__(runtime)
+        self._pool = TorchPinnedPool(runtime, STAGING_PIECES)
         self._experts = GroupedExperts()
         self._slots = WeakTensorKeyDictionary()
         self._staging: dict[ExpertKind, Arena] = {}
@@ -51,20 +53,6 @@ class AscendBackend(Backend):
 
     def capabilities(self) -> Capabilities:
         return CAPABILITIES
-
-    def memory(self) -> Memory:
-        if self.device.type == "cpu":
-            return host_memory()
-        from .npu_device import memory
-
-        return memory(self.device)
-
-    def alloc(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Event:
-        dst.copy_(src)
-        return DONE
 
     def upload_matrix(self, weight: QuantTensor) -> QuantTensor:
         if weight.format.name not in PACKED_INT:
@@ -109,14 +97,15 @@ class AscendBackend(Backend):
                 self._slots[names[-1]] = (arena, number)
         return names
 
-    def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
+    def place_expert(self, src: ExpertWeights, slot: torch.Tensor, copy: Copy) -> ExpertWeights:
+        """`copy` is done with what it reads when it returns: the pages here are not pinned."""
         kind = ExpertKind.of([(matrix.format, matrix.shape) for matrix in src])
         arena, number = self._slots[slot] if slot in self._slots else (Arena(kind, slot, 1), 0)
         if arena.kind != kind:
             raise ValueError(f"a slot for {arena.kind} and an expert of {kind}")
         staged = self.staged(src, kind)
         for here, there in zip(staged.slot(0), arena.slot(number), strict=True):
-            self.copy(here, there).wait()
+            copy(here, there).wait()
         return arena.weights(number)
 
     def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
@@ -151,7 +140,9 @@ class AscendBackend(Backend):
     def staged(self, src: ExpertWeights, kind: ExpertKind) -> Arena:
         """An expert of this kind laid out for the chip, in memory of the host that the next one will overwrite."""
         if kind not in self._staging:
-            self._staging[kind] = Arena(kind, torch.empty(kind.nbytes, dtype=torch.uint8), 1)
+            # numpy asks for huge pages, which a transposition is twice as fast with
+            room = torch.from_numpy(np.empty(kind.nbytes + ALIGNMENT, np.uint8))
+            self._staging[kind] = Arena(kind, room[-room.data_ptr() % ALIGNMENT :][: kind.nbytes], 1)
         staged = self._staging[kind]
         for name, tensors, matrices in (
             (kind.gate_up, staged.gate_up, (src.gate_proj, src.up_proj)),

@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 
-from ..base import Memory
 from ..spec import Device, Probe
+from ..torch_device.torch_pinned import TorchPinnedRuntime
 
 # Chips whose tables lack what the backend needs: BF16, and INT4 weights.
 TOO_OLD = ("Ascend310", "Ascend910A", "Ascend910ProA", "Ascend910PremiumA")
+
+
+class NpuRuntime(TorchPinnedRuntime):
+    """Chip number `index`."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(_npu(), "npu", index)
 
 
 def probe(version: str, nodes: Path = Path("/dev")) -> Probe:
@@ -33,15 +40,6 @@ def probe(version: str, nodes: Path = Path("/dev")) -> Probe:
     if names[0].startswith(TOO_OLD):
         return Probe(False, f"{names[0]} has no BF16 products with INT4 weights; A2, A3 and later have", devices)
     return Probe(True, f"{version}, {names[0]}; emulated only: please run k2lite backends test ascend", devices)
-
-
-def open_device() -> torch.device:
-    return torch.device("npu", _npu().current_device())
-
-
-def memory(device: torch.device) -> Memory:
-    free, total = _npu().mem_get_info(device)
-    return Memory(total_bytes=int(total), available_bytes=int(free))
 
 
 def _npu() -> Any:

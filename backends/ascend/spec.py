@@ -32,6 +32,7 @@ def spec() -> BackendSpec:
         load=_load,
         evidence="emulated; not run on hardware",
         vendor_packages=("torch_npu",),
+        accelerator=True,
     )
 
 
@@ -52,6 +53,6 @@ def _found(torch_npu: ModuleType) -> Probe:
 
 def _load() -> Backend:
     from .backend import AscendBackend
-    from .npu_device import open_device
+    from .npu_device import NpuRuntime
 
-    return AscendBackend(open_device())
+    return AscendBackend(NpuRuntime())

@@ -20,17 +20,17 @@ from .. import batched
 from ..base import (
     DONE,
     Assignment,
-    Backend,
     Capabilities,
     Event,
     ExpertSlot,
-    Memory,
     RoutingRule,
     Segment,
     UnsupportedOperationError,
 )
-from ..host_memory import host_memory
 from ..packing import copy_into_slot, slot_bytes
+from ..torch_device.backend import STAGING_PIECES, TorchDeviceBackend
+from ..torch_device.expert_link import Copy
+from ..torch_device.torch_pinned import PinningRuntime, TorchPinnedPool
 from .adapter import GROUP_GEMM_GROUPS, WEIGHT_ONLY_GROUPS, Operations
 from .layout import CODES, SCALES, WEIGHT, SignedCodes, signed, values
 from .spec import CAPABILITIES, Prefill
@@ -41,33 +41,20 @@ DECODE_TOKENS = 16
 EXPERTS_AT_ONCE = 8
 
 
-class CambriconBackend(Backend):
-    """`device` is the chip, or the processor where a stand-in has the vendor's operations."""
+class CambriconBackend(TorchDeviceBackend):
+    """`runtime` is the chip, or the processor where a stand-in has the vendor's operations."""
 
     name: ClassVar[str] = "cambricon"
     contract: ClassVar[int] = 1
 
-    def __init__(self, device: torch.device, operations: Operations, *, prefill: Prefill = "dequantized") -> None:
-        self.device = device
+    def __init__(self, runtime: PinningRuntime, operations: Operations, *, prefill: Prefill = "dequantized") -> None:
+        super().__init__(runtime)
+        self._pool = TorchPinnedPool(runtime, STAGING_PIECES)
         self._operations = operations
         self._prefill = prefill
 
     def capabilities(self) -> Capabilities:
         return CAPABILITIES
-
-    def memory(self) -> Memory:
-        if self.device.type == "cpu":
-            return host_memory()
-        from .mlu_device import memory
-
-        return memory(self.device)
-
-    def alloc(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Event:
-        dst.copy_(src)
-        return DONE
 
     def upload_matrix(self, weight: QuantTensor) -> QuantTensor:
         return super().upload_matrix(signed(weight) if weight.format.name in PACKED_INT else weight)
@@ -98,9 +85,9 @@ class CambriconBackend(Backend):
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
         return ExpertSlot(slot_bytes([(_laid_out(stored), shape) for stored, shape in expert]), repacked=True)
 
-    def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
+    def place_expert(self, src: ExpertWeights, slot: torch.Tensor, copy: Copy) -> ExpertWeights:
         packed = (signed(matrix) if matrix.format.name in PACKED_INT else matrix for matrix in src)
-        return copy_into_slot(ExpertWeights(*packed), slot, self.copy)
+        return copy_into_slot(ExpertWeights(*packed), slot, copy)
 
     def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
         work = [item for item in work if len(item.rows)]

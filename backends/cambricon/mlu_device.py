@@ -14,9 +14,16 @@ import torch
 
 from k2lite.quant.errors import BackendError
 
-from ..base import Memory
 from ..spec import Device, Probe
+from ..torch_device.torch_pinned import TorchPinnedRuntime
 from .adapter import Operations
+
+
+class MluRuntime(TorchPinnedRuntime):
+    """Chip number `index`."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(_mlu(), "mlu", index)
 
 
 def probe(torch_mlu: str, operations: ModuleType, nodes: Path = Path("/dev")) -> Probe:
@@ -37,15 +44,6 @@ def probe(torch_mlu: str, operations: ModuleType, nodes: Path = Path("/dev")) ->
     devices = tuple(Device(name, torch_mlu, int(mlu.mem_get_info(at)[1])) for at, name in enumerate(names))
     said = f"{torch_mlu}, {names[0]}; emulated only: please run k2lite backends test cambricon"
     return Probe(True, said, devices)
-
-
-def open_device() -> torch.device:
-    return torch.device("mlu", _mlu().current_device())
-
-
-def memory(device: torch.device) -> Memory:
-    free, total = _mlu().mem_get_info(device)
-    return Memory(total_bytes=int(total), available_bytes=int(free))
 
 
 def _mlu() -> Any:

@@ -34,6 +34,7 @@ def spec() -> BackendSpec:
         load=_load,
         evidence="emulated; not run on hardware",
         vendor_packages=("torch_mlu", "torch_mlu_ops"),
+        accelerator=True,
     )
 
 
@@ -52,8 +53,8 @@ def _load(*, prefill: Prefill = "dequantized") -> Backend:
 
     from .adapter import Operations
     from .backend import CambriconBackend
-    from .mlu_device import open_device
+    from .mlu_device import MluRuntime
 
     if prefill not in get_args(Prefill):
         raise RequestError(f"prefill is {prefill!r}; known: {', '.join(get_args(Prefill))}")
-    return CambriconBackend(open_device(), Operations(importlib.import_module("torch_mlu_ops")), prefill=prefill)
+    return CambriconBackend(MluRuntime(), Operations(importlib.import_module("torch_mlu_ops")), prefill=prefill)

@@ -19,11 +19,12 @@ import torch
 torch.set_num_threads(1)
 torch.inference_mode = torch.no_grad
 from tests.backends import privateuse1
+from tests.backends.plain_runtime import PlainRuntime
 import k2lite
 IDS = [256, *b"any device"]
 
 def logits(backend):
-    return k2lite.load(sys.argv[1], backend=backend, context=64).logits(IDS)
+    return k2lite.load(sys.argv[1], backend=backend, host_backend="reference", context=64).logits(IDS)
 """
 BACKENDS = {
     "npu": """
@@ -32,7 +33,7 @@ from k2lite.backends.ascend.backend import AscendBackend
 emulator.install()
 
 def backend(kind):
-    return AscendBackend(torch.device(kind))
+    return AscendBackend(PlainRuntime(kind))
 """,
     "mlu": """
 from tests.backends.cambricon import emulator
@@ -40,7 +41,7 @@ from k2lite.backends.cambricon.adapter import Operations
 from k2lite.backends.cambricon.backend import CambriconBackend
 
 def backend(kind):
-    return CambriconBackend(torch.device(kind), Operations(emulator.stand_in("1.3.2")))
+    return CambriconBackend(PlainRuntime(kind), Operations(emulator.stand_in("1.3.2")))
 """,
 }
 BODY = """
