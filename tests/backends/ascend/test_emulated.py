@@ -15,6 +15,8 @@ from k2lite.backends.ascend.backend import AscendBackend
 from k2lite.backends.ascend.layout import CODES, SCALES, ExpertKind, PackedAlongOutputs, packed_matrix
 from k2lite.backends.ascend.packing import pack_codes, pack_scales
 from k2lite.backends.base import Assignment, UnsupportedOperationError
+from k2lite.demo_folder import DEMO_FOLDER
+from k2lite.errors import BackendError
 from k2lite.quant.types import ExpertWeights
 from k2lite.testing import oracle
 from k2lite.testing.samples import corner_matrix, expert, matrix, normal
@@ -53,6 +55,13 @@ def test_it_answers_as_the_demo_does(backend: AscendBackend, demo_with: Callable
     answer = list(engine.generate(prompt.ids, max_tokens=5, temperature=0))
     assert engine.tokenizer.decode(answer).startswith("1200 centi")
     assert set(emulator.calls) == set(emulator.SCHEMAS)
+
+
+def test_fp8_is_refused_with_the_recipe(backend: AscendBackend) -> None:
+    with pytest.raises(
+        BackendError, match=r"ascend can't multiply fp8_e4m3_b128; .* --experts int4_g32 .*--trunk int8"
+    ):
+        k2lite.load(DEMO_FOLDER, backend=backend, host_backend="reference")
 
 
 def documented_pack(values: np.ndarray) -> np.ndarray:
