@@ -140,7 +140,7 @@ class AscendBackend(TorchDeviceBackend):
     def staged(self, src: ExpertWeights, kind: ExpertKind) -> Arena:
         """An expert of this kind laid out for the chip, in memory of the host that the next one will overwrite."""
         if kind not in self._staging:
-            # numpy asks for huge pages, which a transposition is twice as fast with
+            # numpy asks for huge pages, and a transposition touches many at once
             room = torch.from_numpy(np.empty(kind.nbytes + ALIGNMENT, np.uint8))
             self._staging[kind] = Arena(kind, room[-room.data_ptr() % ALIGNMENT :][: kind.nbytes], 1)
         staged = self._staging[kind]
