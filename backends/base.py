@@ -170,6 +170,12 @@ class Backend(ABC):
         self.copy(tensor, there).wait()
         return there
 
+    def upload_matrix(self, weight: QuantTensor) -> QuantTensor:
+        """A matrix of the trunk in the device's memory, for `linear`: by default as stored. A layout of its own has a
+        format that keeps the stored one's name and dequantizes to the same values."""
+        parts = {suffix: self.upload(part) for suffix, part in weight.parts.items()}
+        return QuantTensor(weight.format, weight.shape, parts)
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values where the processor can read them; the tensor itself if it lies there."""
         if tensor.device.type == "cpu":
@@ -191,9 +197,16 @@ class Backend(ABC):
         boundary of 64 bytes."""
         return ExpertSlot(slot_bytes(expert))
 
+    def alloc_slots(self, expert: Sequence[tuple[QuantFormat, Shape]], count: int) -> Sequence[torch.Tensor]:
+        """Room for `count` experts that are stored so; each entry goes to `pack_expert` as it is. By default slots of
+        `alloc`; a backend that multiplies many experts as one tensor lays them out for that."""
+        room = self.expert_slot(expert)
+        return [self.alloc(room.nbytes) for _ in range(count)]
+
     def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
-        """Put an expert into `slot`, uint8 [expert_slot(...).nbytes] of `alloc`; returns what to multiply with,
-        views into it. Where bytes are laid out anew, the matrices returned have a format that dequantizes them."""
+        """Put an expert into `slot`, uint8 [expert_slot(...).nbytes] or one of `alloc_slots`; returns what to multiply
+        with, views into it. Where bytes are laid out anew, the matrices returned have a format that dequantizes
+        them."""
         return copy_into_slot(src, slot, self.copy)
 
     def embed(self, ids: torch.Tensor, weight: QuantTensor) -> torch.Tensor:

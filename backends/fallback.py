@@ -57,10 +57,20 @@ class FallbackBackend(ForwardingBackend):
             arithmetic=f"{own.arithmetic}, plain torch where it has none",
         )
 
+    def upload_matrix(self, weight: QuantTensor) -> QuantTensor:
+        if self._lacks(weight.format.name, experts=False):
+            return super().upload_matrix(weight)
+        return self._inner.upload_matrix(weight)
+
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
         if self._lacks(*(stored.name for stored, _ in expert), experts=True):
             return super().expert_slot(expert)
         return self._inner.expert_slot(expert)
+
+    def alloc_slots(self, expert: Sequence[tuple[QuantFormat, Shape]], count: int) -> Sequence[torch.Tensor]:
+        if self._lacks(*(stored.name for stored, _ in expert), experts=True):
+            return super().alloc_slots(expert, count)
+        return self._inner.alloc_slots(expert, count)
 
     def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
         if self._lacks(*(matrix.format.name for matrix in src), experts=True):

@@ -21,6 +21,8 @@ BUILT_IN = {
     "cpu": "k2lite.backends.cpu.spec",
     "reference": "k2lite.backends.reference_spec",
     "onnx": "k2lite.backends.onnx.spec",
+    "ascend": "k2lite.backends.ascend.spec",
+    "cambricon": "k2lite.backends.cambricon.spec",
 }
 AUTO = "auto"
 GROUP = "k2lite.backends"

@@ -151,9 +151,11 @@ def load_trunk(
 def _load(checkpoint: Checkpoint, backend: Backend, name: str, axes: int) -> QuantTensor | torch.Tensor:
     if axes == 1:
         return backend.upload(checkpoint.trunk(name).dequantize())
-    if _in_ram(backend):
-        return checkpoint.trunk(name, backend.alloc)
-    return _uploaded(checkpoint.trunk(name), backend)
+    if not _in_ram(backend):
+        return backend.upload_matrix(checkpoint.trunk(name))
+    stored = checkpoint.trunk(name, backend.alloc)
+    # read where it stays, unless the backend wants other bytes than those stored
+    return stored if type(backend).upload_matrix is Backend.upload_matrix else backend.upload_matrix(stored)
 
 
 def _in_ram(backend: Backend) -> bool:
@@ -161,12 +163,7 @@ def _in_ram(backend: Backend) -> bool:
 
 
 def _converted(matrix: Matrix, backend: Backend) -> QuantTensor:
-    return _uploaded(converted_tensor(matrix), backend)
-
-
-def _uploaded(stored: QuantTensor, backend: Backend) -> QuantTensor:
-    parts = {suffix: backend.upload(part) for suffix, part in stored.parts.items()}
-    return QuantTensor(stored.format, stored.shape, parts)
+    return backend.upload_matrix(converted_tensor(matrix))
 
 
 def _assembled(

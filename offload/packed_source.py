@@ -12,6 +12,7 @@ import torch
 
 from k2lite.backends.base import Backend, ExpertSlot
 from k2lite.quant.checkpoint import Checkpoint
+from k2lite.quant.formats import QuantFormat, Shape
 from k2lite.quant.types import PROJECTIONS, ExpertKey, ExpertWeights
 
 from .source import ExpertSource, ForwardingSource, Lease
@@ -44,19 +45,20 @@ class PackedSource(ForwardingSource):
     def __init__(self, source: ExpertSource, backend: Backend) -> None:
         super().__init__(source)
         self._backend = backend
-        self._places: list[torch.Tensor] = []
+        self._places: Sequence[torch.Tensor] = []
+        self._kind: list[tuple[QuantFormat, Shape]] = []
 
     def lease(self, layer: int, experts: Sequence[int], keep: Collection[int] | None = None) -> Lease:
         return _PackedLease(super().lease(layer, experts, keep), self)
 
     def pack(self, place: int, expert: ExpertWeights) -> ExpertWeights:
         """Put an expert into one of the places."""
-        room = self._backend.expert_slot([(matrix.format, matrix.shape) for matrix in expert])
-        while len(self._places) <= place:
-            self._places.append(self._backend.alloc(room.nbytes))
-        if self._places[place].nbytes < room.nbytes:
-            self._places[place] = self._backend.alloc(room.nbytes)
-        return self._backend.pack_expert(expert, self._places[place][: room.nbytes])
+        kind = [(matrix.format, matrix.shape) for matrix in expert]
+        if kind != self._kind:
+            self._places = []  # given back before others are asked for
+            self._places = self._backend.alloc_slots(kind, PLACES)
+            self._kind = kind
+        return self._backend.pack_expert(expert, self._places[place])
 
 
 class _PackedLease(Lease):

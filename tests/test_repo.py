@@ -19,8 +19,8 @@ from tests.conftest import REPO
 ORDER = ("k2lite", "offload", "backends", "quant")
 LINKED = ("quant", "backends", "offload")
 MAX_LINES = 400
-# Each name of a device may occur in its own file only; the last two don't exist yet.
-DEVICE_HOMES = {"torch.cuda": "cuda_runtime.py", "torch.npu": None, "torch.mlu": None}
+# Each name of a device may occur in its own file only.
+DEVICE_HOMES = {"torch.cuda": "cuda_runtime.py", "torch.npu": "npu_device.py", "torch.mlu": "mlu_device.py"}
 IMPORTABLE = re.compile(r"k2lite(\.\w+)+")  # a text that importlib could be given
 VAGUE_NAMES = {"utils.py", "util.py", "common.py", "misc.py", "helpers.py", "manager.py", "handler.py"}
 

@@ -1,8 +1,9 @@
-"""Write a model as a GGUF file, for llama.cpp.
+"""Write a model as a GGUF file, for llama.cpp, or feed-forward blocks of layers as ONNX.
 
-INT4 and INT8 codes are copied, all else is rounded to the type. With q4_0 the routed experts are Q4_0 and all other
-matrices Q8_0. A file is under its own name only when it is whole, and all its parts are; what a run that was cut off
-has left is removed by the next one, which begins anew.
+OUT.gguf: INT4 and INT8 codes are copied, all else is rounded to the type. With q4_0 the routed experts are Q4_0 and all
+other matrices Q8_0. OUT.onnx: of each layer named, normalized hidden states in, the block's output out; routed experts
+are one QMoE, integer matrices MatMulNBits. A file is under its own name only when it is whole, and all its parts are;
+what a run that was cut off has left is removed by the next one, which begins anew.
 """
 
 from __future__ import annotations
@@ -24,17 +25,23 @@ SHOWN_NOTES = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="a model folder, as downloaded")
-    parser.add_argument("destination", metavar="OUT.gguf", type=Path, help="the file to write")
-    parser.add_argument("--type", required=True, metavar="TYPE", help=f"of the weights: {TYPES}")
+    parser.add_argument("destination", metavar="OUT", type=Path, help="the file to write: OUT.gguf or OUT.onnx")
+    parser.add_argument("--type", metavar="TYPE", help=f"OUT.gguf: of the weights: {TYPES}")
+    parser.add_argument("--layers", metavar="LIST", help="OUT.onnx: as 1, 1,3 or 1-4; layers are counted from 0")
     parser.add_argument(
         "--split-max-size",
         metavar="SIZE",
-        help="write parts of up to so many bytes, such as 50GB, OUT-00001-of-0000N.gguf and on (default: one file)",
+        help="OUT.gguf: parts of up to so many bytes, such as 50GB, OUT-00001-of-0000N.gguf and on (default: one file)",
+    )
+    parser.add_argument(
+        "--weights", choices=("external", "inputs"), help="OUT.onnx: in OUT.onnx.data (default), or inputs of the graph"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
 
 def execute(args: argparse.Namespace) -> int:
+    if args.destination.suffix == ".onnx":
+        return _execute_onnx(args)
     from k2lite.gguf_metadata import kv_b_heads
     from k2lite.gguf_model import export_metadata
     from k2lite.loading import open_model
@@ -65,12 +72,43 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
+def _execute_onnx(args: argparse.Namespace) -> int:
+    from k2lite.loading import open_model
+    from k2lite.onnx_export import parse_layers, plan_layer, write_onnx
+    from k2lite.quant.errors import BackendError
+
+    if args.type is not None:
+        raise RequestError("--type has no effect on an ONNX file: codes are copied, all else is float32")
+    if args.split_max_size is not None:
+        raise RequestError("--split-max-size has no effect on an ONNX file: its weights lie in one file beside it")
+    if args.layers is None:
+        raise RequestError("--layers is needed for an ONNX file: as 1, 1,3 or 1-4")
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise BackendError("an ONNX file needs the package onnx: pip install k2lite[onnx]") from error
+    config, checkpoint = open_model(args.source)
+    checkpoint.raise_for_problems()
+    layers = [plan_layer(config, checkpoint, layer) for layer in parse_layers(args.layers)]
+    nbytes = write_onnx(args.destination, layers, config.hidden_size, args.weights or "external")
+    facts = {"file": str(args.destination), "bytes": nbytes, "layers": [layer.layer for layer in layers]}
+    if args.json:
+        print(json.dumps(facts))
+    print(f"k2lite export: wrote {args.destination}, {nbytes / 1e9:.3f} GB, {len(layers)} layers", file=sys.stderr)
+    return 0
+
+
 def _check(args: argparse.Namespace) -> int | None:
     """Bytes of a part, if there are to be parts. Raises RequestError for what needs no reading to be refused."""
     from k2lite.byte_sizes import parse_bytes
 
     if args.destination.suffix != ".gguf":
-        raise RequestError(f"{args.destination}: name a file that ends in .gguf")
+        raise RequestError(f"{args.destination}: name a file that ends in .gguf or .onnx")
+    for option in ("layers", "weights"):
+        if getattr(args, option) is not None:
+            raise RequestError(f"--{option} has no effect on a GGUF file")
+    if args.type is None:
+        raise RequestError(f"--type is needed for a GGUF file: {TYPES}")
     if not args.destination.absolute().parent.is_dir():
         raise RequestError(f"{args.destination}: its folder does not exist; make it first")
     most_bytes = None if args.split_max_size is None else parse_bytes(args.split_max_size)

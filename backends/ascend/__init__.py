@@ -1,0 +1,1 @@
+"""Huawei Ascend through torch_npu. Emulated: never run on hardware."""

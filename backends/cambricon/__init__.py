@@ -1,0 +1,1 @@
+"""Cambricon through torch_mlu and torch_mlu_ops. Emulated: never run on hardware."""
