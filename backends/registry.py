@@ -21,6 +21,7 @@ BUILT_IN = {
     "cpu": "k2lite.backends.cpu.spec",
     "reference": "k2lite.backends.reference_spec",
     "onnx": "k2lite.backends.onnx.spec",
+    "cuda": "k2lite.backends.cuda.spec",
 }
 AUTO = "auto"
 GROUP = "k2lite.backends"

@@ -1,0 +1,59 @@
+"""The CUDA backend's operations on the processor, in Triton's interpreter. tests/conftest.py turns it on."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import triton.runtime.interpreter as interpreter
+
+from k2lite.backends.base import DONE, Capabilities, Event, Memory
+from k2lite.backends.cuda.operations import TritonOperations
+from k2lite.backends.cuda.spec import CAPABILITIES
+from k2lite.backends.host_memory import host_memory
+
+_patch_tensor, _patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+_patched: list[Any] = []
+
+
+def _with_index(tensor: Any, scope: Any) -> None:
+    """numpy 2.4 turns no array of one number into an int; triton 3.6 asks it to wherever a loop has a bound."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+class _Once:
+    """The language is patched for a kernel; the functions it calls find that done. It is half of the time otherwise."""
+
+    def __init__(self, function: Any) -> None:
+        self._scope = None if _patched else _patch_language(function)
+        _patched.append(self)
+
+    def restore(self) -> None:
+        _patched.pop()
+        if self._scope is not None:
+            self._scope.restore()
+
+
+interpreter._patch_lang_tensor = _with_index
+interpreter._patch_lang = _Once
+
+
+class InterpretedBackend(TritonOperations):
+    name: ClassVar[str] = "cuda, interpreted"
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES
+
+    def memory(self) -> Memory:
+        return host_memory()
+
+    def alloc(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def copy(self, src: torch.Tensor, dst: torch.Tensor) -> Event:
+        dst.copy_(src)
+        return DONE
