@@ -12,8 +12,7 @@ from k2lite.backends.cuda.operations import TritonOperations
 from k2lite.backends.cuda.spec import CAPABILITIES
 from k2lite.backends.host_memory import host_memory
 
-_patch_tensor, _patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
-_patched: list[Any] = []
+_patch_tensor = interpreter._patch_lang_tensor
 
 
 def _with_index(tensor: Any, scope: Any) -> None:
@@ -22,21 +21,7 @@ def _with_index(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
-class _Once:
-    """The language is patched for a kernel; the functions it calls find that done. It is half of the time otherwise."""
-
-    def __init__(self, function: Any) -> None:
-        self._scope = None if _patched else _patch_language(function)
-        _patched.append(self)
-
-    def restore(self) -> None:
-        _patched.pop()
-        if self._scope is not None:
-            self._scope.restore()
-
-
 interpreter._patch_lang_tensor = _with_index
-interpreter._patch_lang = _Once
 
 
 class InterpretedBackend(TritonOperations):
