@@ -48,8 +48,8 @@ Start = Callable[[int], object]  # the repeat's number -> starts the work
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of the table. share: of the yardstick, or times a bound where `most`; bar: what it is to reach, 0 if there is
-    none."""
+    """A row of the table. share: of the yardstick, or times a bound where `most`; bar: what it is to reach, 0 for
+    nothing."""
 
     name: str
     seconds: float
