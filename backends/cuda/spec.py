@@ -32,6 +32,7 @@ def spec() -> BackendSpec:
         probe=_probe,
         load=_load,
         evidence="interpreter-tested, not run on hardware",
+        accelerator=True,
         vendor_packages=("triton",),
     )
 
