@@ -27,14 +27,21 @@ def copy_into_slot(
     src: ExpertWeights, slot: torch.Tensor, copy: Callable[[torch.Tensor, torch.Tensor], Any]
 ) -> ExpertWeights:
     """Copy each part as it is into `slot`, uint8; returns views into it. `copy` is Backend.copy."""
+    packed = views_in_slot(src, slot)
+    for matrix, room in zip(src, packed, strict=True):
+        for suffix, part in matrix.parts.items():
+            copy(part, room.parts[suffix]).wait()
+    return packed
+
+
+def views_in_slot(like: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
+    """Where the parts of an expert like this one lie in a slot, uint8, once they were copied there."""
     at = 0
     packed = []
-    for matrix in src:
+    for matrix in like:
         parts = {}
         for suffix, part in matrix.parts.items():
-            room = slot[at : at + part.nbytes].view(part.dtype).view(part.shape)
-            copy(part, room).wait()
-            parts[suffix] = room
+            parts[suffix] = slot[at : at + part.nbytes].view(part.dtype).view(part.shape)
             at += _aligned(part.nbytes)
         packed.append(QuantTensor(matrix.format, matrix.shape, parts))
     return ExpertWeights(*packed)

@@ -107,7 +107,7 @@ def open_backend(
     probe = found.probe()
     if not probe.ready:
         raise BackendError(f"backend {name} is not ready: {probe.reason}") from probe.error
-    return _load(spec, given, of_host)
+    return _load(spec, _options(spec, given, of_host))
 
 
 def _open_best(notify: Notify | None, options: dict[str, object], of_host: dict[str, object]) -> Backend:
@@ -120,13 +120,17 @@ def _open_best(notify: Notify | None, options: dict[str, object], of_host: dict[
             why = "".join(f"; {line}" for line in passed_over)
             if notify is not None:
                 notify(f"backend {candidate.name}, the best that is ready: {probe.reason}{why}")
-            return _load(candidate.checked_spec(), options, of_host)
+            spec = candidate.checked_spec()
+            return _load(spec, _options(spec, options, of_host))
         passed_over.append(f"{candidate.name} is not: {probe.reason}")
     raise BackendError(f"no backend is ready: {'; '.join(passed_over)}")
 
 
-def _load(spec: BackendSpec, given: dict[str, object], of_host: dict[str, object]) -> Backend:
-    options = given if spec.accelerator else given | of_host
+def _options(spec: BackendSpec, given: dict[str, object], of_host: dict[str, object]) -> dict[str, object]:
+    return given if spec.accelerator else given | of_host
+
+
+def _load(spec: BackendSpec, options: dict[str, object]) -> Backend:
     for option in options:
         if option not in inspect.signature(spec.load).parameters:
             raise RequestError(f"{option} has no effect with backend {spec.name!r}")

@@ -1,9 +1,10 @@
 """The machine that a plan is for: this one, measured, or one that a JSON file describes.
 
     {"name": "desktop", "ram": "128GB", "ram_gb_per_s": 70, "drive_gb_per_s": 6.5, "tflops": 1,
-     "reserve": "8GB", "vram": "24GB", "vram_gb_per_s": 806, "bus_gb_per_s": 25, "layer_ms": 0.25}
+     "reserve": "8GB", "vram": "24GB", "vram_gb_per_s": 806, "bus_gb_per_s": 25, "host_tflops": 1, "layer_ms": 0.25}
 
-The last five may be left out: no reserve, no accelerator, 0.1 ms a layer. Units are GB/s (1e9) and 1e12 operations/s.
+The last six may be left out: no reserve, no accelerator, 0.1 ms a layer. Units are GB/s (1e9) and 1e12 operations/s;
+tflops are the accelerator's if there is one, and host_tflops the processor's beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .byte_sizes import parse_bytes
 from .speed_model import Bandwidths
 
 _REQUIRED = ("ram", "ram_gb_per_s", "drive_gb_per_s", "tflops")
-_OPTIONAL = ("name", "reserve", "vram", "vram_gb_per_s", "bus_gb_per_s", "layer_ms")
+_OPTIONAL = ("name", "reserve", "vram", "vram_gb_per_s", "bus_gb_per_s", "host_tflops", "layer_ms")
 LAYER_S = 0.1e-3
 _SUM_BYTES = 256 << 20
 
@@ -62,6 +63,7 @@ def read_machine(path: Path) -> Machine:
         one_bus=not device,
         device=_number(path, raw, "vram_gb_per_s") * 1e9 if device else 0.0,
         bus=_number(path, raw, "bus_gb_per_s") * 1e9 if device else 0.0,
+        host_flops=_number(path, raw, "host_tflops") * 1e12 if "host_tflops" in raw else 0.0,
     )
     return Machine(str(raw.get("name", path.stem)), max(0, memory), device, rates)
 

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .config import ModelConfig
+from .device_placement import AUTO_DEVICE_SHARE, DEVICE_HEADROOM_BYTES
 from .kv_cache import LatentCache
 from .machine import Machine
 from .placement import Placement, WeightBytes, gib, plan_memory, planned_context
 from .quant.errors import MemoryPlanError
 from .quant.types import PROJECTIONS
-from .speed_model import CURVES, Work, decode_speed, prefill_speed, what_would_help
+from .speed_model import CURVES, PLACES, Curve, Decode, Place, Work, decode_speed, prefill_speed, what_would_help
 from .weights import checkpoint_schema
 
 
@@ -68,16 +69,22 @@ def plan_report(
                 f"{weights.where}: trunk and KV for {tokens} tokens are {gib(first)}, and the accelerator of "
                 f"{machine.name} has {gib(machine.device_bytes)}; a smaller --context needs less"
             )
-        on_device = float(machine.device_bytes - first)
         placement = plan_memory(
-            config, replace(weights, trunk=0), backend, arithmetic, context=tokens, budget=machine.memory_bytes
+            config,
+            replace(weights, trunk=0),
+            backend,
+            arithmetic,
+            context=tokens,
+            budget=machine.memory_bytes,
+            kv_elsewhere=True,
         )
+        on_device = max(0.0, float(machine.device_bytes - first - DEVICE_HEADROOM_BYTES - placement.transient_bytes))
     else:
         placement = plan_memory(config, weights, backend, arithmetic, context=tokens, budget=machine.memory_bytes)
     facts: dict[str, Any] = {
         "machine": {"name": machine.name, "memory_bytes": machine.memory_bytes, "device_bytes": machine.device_bytes}
         | asdict(machine.rates),
-        "bytes": _bytes(placement, model, on_device),
+        "bytes": _bytes(config, placement, model, on_device),
         "chunk_tokens": placement.prefill_chunk_tokens,
     }
     return facts | (speeds(config, model, machine, placement, on_device) if weights.experts else {})
@@ -88,22 +95,43 @@ def speeds(
 ) -> dict[str, Any]:
     """Predicted decode and prefill speeds of a placement."""
     work = work_of(config, model)
-    held = min(placement.slots - placement.ring_slots, placement.experts) * work.expert
-    held = min(held, work.experts * work.expert - on_device)
-    decode = {curve: decode_speed(work, machine.rates, curve, held=held, on_device=on_device) for curve in CURVES}
-    chunk = placement.prefill_chunk_tokens
-    return {
-        "decode": {curve: asdict(found) for curve, found in decode.items()},
+    rates, bank = machine.rates, work.experts * work.expert
+    slots = min(placement.slots - placement.ring_slots, placement.experts) * work.expert
+    auto = experts_on(on_device, bank)
+    place: Place = auto if machine.device_bytes else "split"
+    there = {where: 0.0 if where == "host" else on_device for where in PLACES}
+    held = {where: min(slots, bank - there[where]) for where in PLACES}
+
+    def decode(where: Place) -> dict[Curve, Decode]:
+        return {
+            curve: decode_speed(work, rates, curve, held=held[where], on_device=there[where], place=where)
+            for curve in CURVES
+        }
+
+    facts: dict[str, Any] = {}
+    if machine.device_bytes:
+        best = {where: {curve: found.best for curve, found in decode(where).items()} for where in PLACES}
+        facts = {"experts_on": auto, "places": best}
+    chosen, chunk = decode(place), placement.prefill_chunk_tokens
+    sizes = {"held": held[place], "on_device": there[place]}
+    return facts | {
+        "decode": {curve: asdict(found) for curve, found in chosen.items()},
         "prefill_tok_s": {
-            str(tokens): prefill_speed(work, machine.rates, min(tokens, chunk), held=held, on_device=on_device)
+            str(tokens): prefill_speed(work, rates, min(tokens, chunk), **sizes, place=place)
             for tokens in (128, 512, 2048, 8192)
         },
-        "limit": decode["middle"].limit,
-        "would_help": what_would_help(work, machine.rates, held=held, on_device=on_device),
+        "limit": chosen["middle"].limit,
+        "would_help": what_would_help(work, rates, **sizes, place=place),
     }
 
 
-def _bytes(placement: Placement, model: ModelBytes, on_device: float) -> dict[str, Any]:
+def experts_on(on_device: float, bank: float) -> Place:
+    """Where experts multiply unasked, as device_placement.py decides: `on_device` of `bank` bytes have room."""
+    return "device" if bank and on_device >= AUTO_DEVICE_SHARE * bank else "host"
+
+
+def _bytes(config: ModelConfig, placement: Placement, model: ModelBytes, on_device: float) -> dict[str, Any]:
+    kept = on_device if experts_on(on_device, placement.experts_bytes) == "device" else 0
     return {
         "trunk": model.weights.trunk,
         "embeddings": model.embeddings,
@@ -112,11 +140,11 @@ def _bytes(placement: Placement, model: ModelBytes, on_device: float) -> dict[st
         "slots": placement.slots,
         "arena": placement.arena_bytes,
         "experts_on_device": int(on_device),
-        "kv": placement.kv_bytes,
+        "kv": LatentCache.nbytes_for(config, placement.context_tokens),
         "step": placement.transient_bytes,
         "headroom": placement.headroom_bytes,
         "context_tokens": placement.context_tokens,
-        "drive": placement.experts_bytes - min(placement.arena_bytes + int(on_device), placement.experts_bytes),
+        "drive": max(0, placement.experts_bytes - placement.arena_bytes - int(kept)),
     }
 
 
@@ -126,7 +154,13 @@ def as_text(name: str, facts: dict[str, Any]) -> str:
     trunk_at = "accelerator" if machine["device_bytes"] else "RAM"
     lines = [
         f"{name} on {machine['name']}: memory {gib(machine['memory_bytes'])} at {machine['memory'] / 1e9:.1f} GB/s, "
-        f"drive {machine['drive'] / 1e9:.2f} GB/s",
+        f"drive {machine['drive'] / 1e9:.2f} GB/s"
+        + (
+            f"; accelerator {gib(machine['device_bytes'])} at {machine['device'] / 1e9:.0f} GB/s, link "
+            f"{machine['bus'] / 1e9:.1f} GB/s"
+            if machine["device_bytes"]
+            else ""
+        ),
         f"  trunk       {gib(size['trunk'])} in {trunk_at}, KV for {size['context_tokens']} tokens {gib(size['kv'])}",
         f"  experts     {gib(size['experts_all'])}: {size['slots']} of {size['experts']} in RAM "
         f"({gib(size['arena'])}), "
@@ -143,8 +177,14 @@ def as_text(name: str, facts: dict[str, Any]) -> str:
             f"    {curve:<8}  {found['best']:8.2f}    {found['hit_rate']:7.1%}    "
             f"{found['missing_bytes'] / 1e9:10.2f} GB            {found['serial']:8.2f} .. {found['perfect']:.2f}"
         )
-    prefill = ", ".join(f"{tokens} tokens {rate:.1f}" for tokens, rate in facts["prefill_tok_s"].items())
-    lines.append(f"  prefill     tok/s for a prompt of {prefill}")
+    for where, found in facts.get("places", {}).items():
+        taken = " (what run takes unasked)" if where == facts["experts_on"] else ""
+        speed = f"{found['middle']:.2f} tok/s ({found['low']:.2f} .. {found['high']:.2f})"
+        lines.append(f"  {'experts on ' + where:<17} {speed}{taken}")
+    rates = facts["prefill_tok_s"]
+    prefill = ", ".join(f"{tokens} tokens {rate:.1f}" for tokens, rate in rates.items())
+    unknown = "not known: the host's operations a second are not (host_tflops in the machine's file)"
+    lines.append(f"  prefill     {'tok/s for a prompt of ' + prefill if all(rates.values()) else unknown}")
     lines.append(f"  limit       {facts['limit']}")
     ranked = sorted(facts["would_help"].items(), key=lambda item: -item[1])
     lines.append("  would help  " + ", ".join(f"{what} x {factor:.2f}" for what, factor in ranked))

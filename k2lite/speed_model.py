@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Curve = Literal["low", "middle", "high"]
+# Beside an accelerator: the host multiplies all experts, all are sent, or the host does those it has no room for.
+Place = Literal["host", "device", "split"]
+PLACES: tuple[Place, ...] = ("host", "device", "split")
 CURVES: tuple[Curve, ...] = ("low", "middle", "high")
 
 # Share of experts in memory, and the share of uses that find theirs there: low as a GLM-5.2 engine measured, middle
@@ -31,7 +34,8 @@ _TOUCHED = (8 / 384, 0.23, 0.40, 0.69, 0.80, 0.95, 0.99, 1.0)
 @dataclass(frozen=True)
 class Bandwidths:
     """Bytes a second of memory, of the drive, of the accelerator's memory and of the way there (0 without one), and
-    operations a second in long prompts. `layer_s` is what a layer costs beside its bytes. With `one_bus` all that is
+    operations a second in long prompts, of the accelerator if there is one (`host_flops`: the processor's beside it,
+    0 if not known). `layer_s` is what a layer costs beside its bytes. With `one_bus` all that is
     computed comes from the same memory: no accelerator, or one that shares it."""
 
     memory: float
@@ -41,6 +45,7 @@ class Bandwidths:
     one_bus: bool
     device: float = 0.0
     bus: float = 0.0
+    host_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,17 @@ class Decode:
     serial: float
     best: float
     perfect: float
+    link_s: float = 0.0
 
     @property
     def limit(self) -> str:
         """What takes longest."""
-        times = {"the drive": self.drive_s, "memory": self.memory_s, "the accelerator": self.device_s}
+        times = {
+            "the drive": self.drive_s,
+            "memory": self.memory_s,
+            "the accelerator": self.device_s,
+            "the link to the accelerator": self.link_s,
+        }
         return max(times, key=lambda name: times[name])
 
 
@@ -86,8 +97,11 @@ def touched_share(tokens: int) -> float:
     return _between(float(min(max(tokens, 1), _CHUNKS[-1])), _CHUNKS, _TOUCHED)
 
 
-def decode_speed(work: Work, rates: Bandwidths, curve: Curve, *, held: float, on_device: float = 0.0) -> Decode:
-    """`held` bytes of experts in memory, `on_device` in the accelerator's."""
+def decode_speed(
+    work: Work, rates: Bandwidths, curve: Curve, *, held: float, on_device: float = 0.0, place: Place = "split"
+) -> Decode:
+    """`held` bytes of experts in memory, `on_device` in the accelerator's (none with `place` host)."""
+    on_device = 0.0 if place == "host" else on_device
     bank = work.experts * work.expert
     at_device = hit_rate(curve, on_device / bank) if on_device > 0 else 0.0
     found = hit_rate(curve, (on_device + held) / bank)
@@ -97,9 +111,16 @@ def decode_speed(work: Work, rates: Bandwidths, curve: Curve, *, held: float, on
     if rates.one_bus:
         # reading from the drive writes memory once more
         memory_s = (work.trunk_read + needed + missing) / rates.memory + overhead
-        device_s, beside_s = 0.0, 0.0
+        device_s = link_s = beside_s = 0.0
         first_s = memory_s
+    elif place == "device":
+        device_s = (work.trunk_read + needed) / rates.device + overhead
+        link_s = needed * (1 - at_device) / rates.bus
+        # the link's reads of memory, and the drive's writes
+        memory_s = (needed * (1 - at_device) + missing) / rates.memory
+        first_s, beside_s = device_s, max(link_s, memory_s)
     else:
+        link_s = 0.0
         device_s = work.trunk_read / rates.device + at_device * needed / rates.device + overhead
         memory_s = beside_s = (needed * (1 - at_device) + missing) / rates.memory
         first_s = device_s
@@ -116,39 +137,48 @@ def decode_speed(work: Work, rates: Bandwidths, curve: Curve, *, held: float, on
         serial=1 / (first_s + beside_s + drive_s),
         best=1 / min(inside, ahead),
         perfect=1 / max(first_s, beside_s, drive_s),
+        link_s=link_s,
     )
 
 
-def prefill_speed(work: Work, rates: Bandwidths, tokens: int, *, held: float, on_device: float = 0.0) -> float:
-    """Tokens/s of reading a prompt in chunks of `tokens`: each expert that is touched is read once a chunk."""
+def prefill_speed(
+    work: Work, rates: Bandwidths, tokens: int, *, held: float, on_device: float = 0.0, place: Place = "split"
+) -> float:
+    """Tokens/s of reading a prompt in chunks of `tokens`: each expert that is touched is read once a chunk. 0 where the
+    host multiplies and its operations a second are not known."""
     bank = work.experts * work.expert
     touched = bank * touched_share(tokens)
     drive_s = (1 - min(1.0, (held + on_device) / bank)) * touched / rates.drive
+    flops = rates.flops
     if rates.one_bus:
         carry_s = (touched + work.trunk_read) / rates.memory
+    elif place == "host":
+        carry_s, flops = touched / rates.memory, rates.host_flops
+        if not flops:
+            return 0.0
     else:
         carry_s = (1 - on_device / bank) * touched / rates.bus
-    return tokens / max(drive_s, carry_s, tokens * work.flops_per_token / rates.flops)
+    return tokens / max(drive_s, carry_s, tokens * work.flops_per_token / flops)
 
 
-def what_would_help(work: Work, rates: Bandwidths, *, held: float, on_device: float = 0.0) -> dict[str, float]:
-    """Factors on decode speed (middle curve) of twice the memory, a drive twice as fast, memory twice as fast."""
-    now = decode_speed(work, rates, "middle", held=held, on_device=on_device).best
-    bank = work.experts * work.expert
-    return {
-        "twice the memory for experts": decode_speed(
-            work, rates, "middle", held=min(2 * held, bank - on_device), on_device=on_device
-        ).best
-        / now,
-        "a drive twice as fast": decode_speed(
-            work, replace(rates, drive=2 * rates.drive), "middle", held=held, on_device=on_device
-        ).best
-        / now,
-        "memory twice as fast": decode_speed(
-            work, replace(rates, memory=2 * rates.memory), "middle", held=held, on_device=on_device
-        ).best
-        / now,
+def what_would_help(
+    work: Work, rates: Bandwidths, *, held: float, on_device: float = 0.0, place: Place = "split"
+) -> dict[str, float]:
+    """Factors on decode speed (middle curve) of twice the memory, a drive twice as fast, memory twice as fast, and with
+    experts on an accelerator a link twice as fast."""
+
+    def speed(rates: Bandwidths, held: float) -> float:
+        return decode_speed(work, rates, "middle", held=held, on_device=on_device, place=place).best
+
+    now = speed(rates, held)
+    factors = {
+        "twice the memory for experts": speed(rates, min(2 * held, work.experts * work.expert - on_device)) / now,
+        "a drive twice as fast": speed(replace(rates, drive=2 * rates.drive), held) / now,
+        "memory twice as fast": speed(replace(rates, memory=2 * rates.memory), held) / now,
     }
+    if place == "device":
+        factors["a link twice as fast"] = speed(replace(rates, bus=2 * rates.bus), held) / now
+    return factors
 
 
 def _between(x: float, xs: tuple[float, ...], ys: tuple[float, ...]) -> float:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from k2lite.backends.packing import views_in_slot
 from k2lite.backends.torch_device.expert_link import ExpertLink
 from k2lite.backends.torch_device.runtime import DeviceEvent
 from k2lite.backends.torch_device.slots import DeviceSlots
@@ -22,7 +23,6 @@ from k2lite.quant.types import ExpertKey, ExpertWeights
 from .cache import ExpertCache
 from .pinned_arena import PinnedArena
 from .source import ForwardingSource, Lease
-from .store import slot_views
 from .uninterrupted import uninterrupted
 
 FEWEST_SLOTS = 2
@@ -67,7 +67,9 @@ class DeviceTier(ForwardingSource):
         if not FEWEST_SLOTS <= passing <= slots.count:
             raise ValueError(f"{passing} of {slots.count} slots to pass through; at least {FEWEST_SLOTS} are needed")
         self.cache, self.arena, self.link, self.slots = cache, arena, link, slots
-        self._sends_back = sends_back
+        self._slot_bytes = slots.memory(0).numel()
+        # on the device parts begin on boundaries of their own, and a slot in RAM may be too tight for that
+        self._sends_back = sends_back and self._slot_bytes <= arena.slot_bytes
         self._room = slots.count - passing
         self._free = deque(range(slots.count))
         self._table: dict[ExpertKey, OnDevice] = {}
@@ -110,8 +112,8 @@ class DeviceTier(ForwardingSource):
         """Begin to copy a leased expert of the cache into a slot that is free; it stays its lease's."""
         slot = self._free.popleft()
         try:
-            pinned = self.arena.lock(self.cache.slot_of(key))
-            sent = self.link.send(weights, self.slots, slot, pinned=pinned)
+            locked = self.arena.locked(self.cache.slot_of(key))
+            sent = self.link.send(weights, self.slots, slot, locked=locked)
         except BaseException:
             self._free.appendleft(slot)
             raise
@@ -178,11 +180,12 @@ class DeviceTier(ForwardingSource):
             return
         self._keep(comer)
         self._counters.demoted_experts += 1
-        if self._sends_back and self.arena.lock(host_slot):
-            views = slot_views(self.cache.store.checkpoint.expert(victim.key), self.arena, host_slot)
-            event = self.link.fetch(victim.weights, views, self.slots, victim.slot)
-            self._leaving = Leaving(victim, host_slot, views, event)
-            self._counters.returned_bytes += sum(matrix.nbytes for matrix in views)
+        room = self.arena.locked(host_slot) if self._sends_back else None
+        if room is not None:
+            room = room[: self._slot_bytes]
+            event = self.link.fetch(self.slots, victim.slot, room)
+            self._leaving = Leaving(victim, host_slot, views_in_slot(victim.weights, room), event)
+            self._counters.returned_bytes += room.numel()
             return
         self._forget(victim)
         self.cache.take_back(host_slot, None)

@@ -5,6 +5,8 @@ Invariant: pages are unlocked before they go back to the system.
 
 from __future__ import annotations
 
+import torch
+
 from k2lite.backends.torch_device.pinned import PinnedPages
 
 from .slots import Arena
@@ -17,9 +19,10 @@ class PinnedArena(Arena):
         super().__init__(slots, slot_bytes)
         self._pages = pages
 
-    def lock(self, slot: int) -> bool:
-        """Lock a slot's pages, if they are not; False where the system doesn't allow it."""
-        return self._pages.hold(self.tensor(slot))
+    def locked(self, slot: int) -> torch.Tensor | None:
+        """A slot's bytes, uint8 [slot_bytes], locked; None where the system doesn't allow it."""
+        memory = self.tensor(slot)
+        return memory if self._pages.hold(memory) else None
 
     def give_back(self, slot: int) -> None:
         self._pages.release(self.tensor(slot))

@@ -212,20 +212,15 @@ class ExpertStore:
 
 def checked_views(layout: ExpertLayout, arena: Arena, slot: int) -> ExpertWeights:
     """Views into a slot that has been filled, once shapes and checksum are found right. Raises CheckpointError."""
-    weights = slot_views(layout, arena, slot)
-    demand_checksum(layout.checksum, weights, f"{layout.extents[0].file}: {expert_piece(layout.key)}")
-    return weights
-
-
-def slot_views(layout: ExpertLayout, arena: Arena, slot: int) -> ExpertWeights:
-    """Where an expert's parts lie in a slot. Raises CheckpointError where the layout's shapes don't fit."""
     whole, at, buffers = arena.tensor(slot), 0, []
     for extent in layout.extents:
         start, nbytes = rounded_out(extent)
         first = at + extent.offset - start
         buffers.append(whole[first : first + extent.nbytes])
         at += nbytes
-    return expert_weights(layout, buffers)
+    weights = expert_weights(layout, buffers)
+    demand_checksum(layout.checksum, weights, f"{layout.extents[0].file}: {expert_piece(layout.key)}")
+    return weights
 
 
 def read_pieces(extents: Sequence[Extent]) -> list[Piece]:

@@ -33,7 +33,7 @@ class Sent:
 
 
 class ExpertLink:
-    """Copies by `place`, a backend's own; through `pool` what comes from pages that are not pinned."""
+    """Copies by `place`, a backend's own; through `pool` what comes from pages that are not locked."""
 
     def __init__(self, runtime: DeviceRuntime, place: Place, pool: PinnedPool) -> None:
         self._runtime = runtime
@@ -41,11 +41,12 @@ class ExpertLink:
         self._pool = pool
         self._up, self._down = runtime.new_stream(), runtime.new_stream()
 
-    def send(self, expert: ExpertWeights, slots: DeviceSlots, slot: int, *, pinned: bool) -> Sent:
-        """Begin to copy an expert into a slot, once the kernels that read the slot are done."""
+    def send(self, expert: ExpertWeights, slots: DeviceSlots, slot: int, *, locked: torch.Tensor | None) -> Sent:
+        """Begin to copy an expert into a slot, once the kernels that read the slot are done. `locked` are pages of the
+        host that the device reads by itself; a part that doesn't lie there goes through the pool."""
 
         def copy(src: torch.Tensor, dst: torch.Tensor) -> Event:
-            if pinned:
+            if locked is not None and _lies_in(src, locked):
                 self._runtime.copy(src, dst, self._up)
             else:
                 self._pool.send(src, dst, self._up)
@@ -54,11 +55,10 @@ class ExpertLink:
         weights = self._place(expert, slots.claim(slot, self._up), copy)
         return Sent(weights, self._up.record())
 
-    def fetch(self, there: ExpertWeights, here: ExpertWeights, slots: DeviceSlots, slot: int) -> DeviceEvent:
-        """Begin to copy an expert that has arrived in a slot back into pinned memory of the host."""
-        for source, room in zip(there, here, strict=True):
-            for suffix, part in source.parts.items():
-                self._runtime.copy(part, room.parts[suffix], self._down)
+    def fetch(self, slots: DeviceSlots, slot: int, dst: torch.Tensor) -> DeviceEvent:
+        """Begin to copy the first bytes of a slot, which have all arrived, back into locked pages of the host, `dst`
+        uint8. The slot must stay as it is until the event."""
+        self._runtime.copy(slots.memory(slot)[: dst.numel()], dst, self._down)
         event = self._down.record()
         slots.read_until(slot, event)
         return event
@@ -70,3 +70,8 @@ class ExpertLink:
     def computed(self) -> DeviceEvent:
         """The point behind all that the device was told to compute so far."""
         return self._runtime.compute_stream().record()
+
+
+def _lies_in(part: torch.Tensor, pages: torch.Tensor) -> bool:
+    start = part.data_ptr() - pages.data_ptr()
+    return start >= 0 and start + part.nbytes <= pages.nbytes

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from k2lite.quant.errors import BackendError
+
 from .runtime import DeviceEvent, DeviceRuntime, DeviceStream
 
 PIECE_BYTES = 4 << 20
@@ -64,7 +66,7 @@ class PinnedPool:
 
     def send(self, src: torch.Tensor, dst: torch.Tensor, stream: DeviceStream) -> None:
         """Copy `src` of the host, contiguous, into `dst` on the device, of equal bytes. `src` is free on return."""
-        memory = self._locked()
+        memory = self._locked()  # raises BackendError where the system refuses
         source, there = _bytes(src), _bytes(dst)
         for at in range(0, source.numel(), self._piece_bytes):
             part = source[at : at + self._piece_bytes]
@@ -88,7 +90,12 @@ class PinnedPool:
     def _locked(self) -> torch.Tensor:
         if self._memory is None:
             memory = host_pages(self._pieces * self._piece_bytes)
-            self._runtime.pin(memory)
+            try:
+                self._runtime.pin(memory)
+            except OSError as error:
+                raise BackendError(
+                    f"{error}; a buffer of {memory.nbytes >> 20} MiB must be locked for the device: raise ulimit -l"
+                ) from error
             self._memory = memory
         return self._memory
 

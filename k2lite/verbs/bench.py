@@ -54,7 +54,7 @@ def execute(args: argparse.Namespace) -> int:
     rates = Rates(store_rate(cache.store), measure_memory())
     prefill, decode = bench(engine, ids, args.tokens)
     checkpoint = cache.store.checkpoint
-    trunk_read = engine.placement.trunk_bytes - checkpoint.trunk_module(EMBEDDINGS).nbytes
+    trunk_read = engine.placement.all_trunk_bytes - checkpoint.trunk_module(EMBEDDINGS).nbytes
     facts = report(engine, prefill, decode, rates, trunk_read) | {"routing": str(args.routing or "the model's own")}
     print(json.dumps(facts) if args.json else as_text(facts))
     sys.stdout.flush()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from k2lite.recording import Recorder
     from k2lite.sampling import SamplingParams
 
+EXPERTS_ON = ("device", "host", "split")
 # As in offload/policies.py, which needs numpy; a test compares them. The first is the default.
 POLICIES = ("hazard", "cyclic", "lru", "lfu", "lfru", "static")
 
@@ -51,6 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "as int8_g128 (default: keep)",
     )
     add_memory_arguments(parser)
+    add_device_arguments(parser)
     add_eps_argument(parser)
 
 
@@ -69,6 +71,29 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prefetch", action="store_true", help="don't read experts ahead on the router's guess")
     parser.add_argument(
         "--mirror", type=Path, metavar="DIR", help="a copy of the weight files on another drive; reads are shared"
+    )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """For an accelerator's backend; with another they are errors."""
+    add_vram_argument(parser)
+    parser.add_argument(
+        "--experts-on",
+        choices=EXPERTS_ON,
+        help="where experts multiply: on the device, on the host, or split: the hottest on the device, the others on "
+        "the host (default: device or host, by sizes; part of the arithmetic)",
+    )
+    parser.add_argument(
+        "--hot-experts",
+        type=Path,
+        metavar="FILE",
+        help="for split: statistics of an earlier run that say which experts are the hottest",
+    )
+
+
+def add_vram_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vram", metavar="SIZE", help="memory to take of the accelerator, such as 20GiB (default: what is free there)"
     )
 
 
@@ -97,6 +122,9 @@ def memory_options(args: argparse.Namespace) -> dict[str, Any]:
         "prefetch": not args.no_prefetch,
         "mirror": args.mirror,
         "statistics": getattr(args, "statistics", None),
+        "vram": args.vram,
+        "experts_on": args.experts_on,
+        "hot_experts": args.hot_experts,
     }
     if args.policy is not None:
         options["policy"] = args.policy

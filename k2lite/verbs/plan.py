@@ -2,7 +2,7 @@
 
 MODEL is a folder, or a config.json before its weights are downloaded. Bandwidths are measured, or come from --machine
 FILE, a JSON object: name, ram, ram_gb_per_s, drive_gb_per_s, tflops, and if there are any reserve, vram, vram_gb_per_s,
-bus_gb_per_s, layer_ms.
+bus_gb_per_s, host_tflops, layer_ms.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from k2lite.quant.errors import RequestError
 
+from .model_options import add_vram_argument
+
 if TYPE_CHECKING:
-    from k2lite.backends.base import Backend
+    from k2lite.backends.base import Backend, Memory
     from k2lite.config import ModelConfig
     from k2lite.machine import Machine
     from k2lite.planning import ModelBytes
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ram", metavar="SIZE", help="memory the process may take (default: what the machine can spare)"
     )
+    add_vram_argument(parser)
     parser.add_argument("--context", type=int, metavar="TOKENS", help="as for run")
     parser.add_argument("--machine", type=Path, metavar="FILE", help="plan for the machine that this file describes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -40,7 +43,7 @@ def execute(args: argparse.Namespace) -> int:
 
     backend = open_backend(args.backend)
     config, model, checkpoint = _model(args.model)
-    machine = _machine(args, backend, checkpoint)
+    machine = _with_accelerator(args, backend, _machine(args, backend, checkpoint))
     facts = plan_report(
         config, model, machine, backend=backend.name, arithmetic=backend.capabilities().arithmetic, context=args.context
     )
@@ -97,4 +100,39 @@ def _machine(args: argparse.Namespace, backend: Backend, checkpoint: Checkpoint 
         rate = store_rate(store)
     finally:
         store.close()
-    return this_machine(spare_bytes(backend.memory()) if ram is None else ram, rate)
+    return this_machine(spare_bytes(_ram(backend)) if ram is None else ram, rate)
+
+
+def _ram(backend: Backend) -> Memory:
+    """The host's memory, also beside an accelerator."""
+    from k2lite.backends.host_memory import host_memory
+
+    return backend.memory() if backend.device.type == "cpu" else host_memory()
+
+
+def _with_accelerator(args: argparse.Namespace, backend: Backend, machine: Machine) -> Machine:
+    """The machine with the accelerator of a backend that has one, measured. Raises RequestError, MemoryPlanError."""
+    from dataclasses import replace
+
+    from k2lite.backends.torch_device.backend import TorchDeviceBackend
+    from k2lite.byte_sizes import parse_bytes
+    from k2lite.device_rates import measure_device
+    from k2lite.placement import budget_of
+
+    vram = None if args.vram is None else parse_bytes(args.vram)
+    if args.machine is not None and machine.device_bytes:
+        return machine if vram is None else replace(machine, device_bytes=vram)
+    if args.machine is not None or not isinstance(backend, TorchDeviceBackend):
+        if vram is not None:
+            raise RequestError(f"--vram has no effect: {machine.name} with backend {backend.name} has no accelerator")
+        return machine
+    found = measure_device(backend)
+    rates = replace(
+        machine.rates,
+        device=found.memory,
+        bus=found.link,
+        flops=found.flops,
+        host_flops=machine.rates.flops,
+        one_bus=False,
+    )
+    return replace(machine, device_bytes=budget_of(backend.memory(), vram, "--vram"), rates=rates)

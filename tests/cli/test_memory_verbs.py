@@ -109,6 +109,22 @@ def test_plan_for_an_accelerator_of_another_machine(shared: Path, tmp_path: Path
     assert isinstance(decode, dict)
     assert 0 < sizes["experts_on_device"] < 24e9
     assert decode["low"]["best"] < decode["middle"]["best"] < decode["high"]["best"]
+    assert facts["experts_on"] == "host"  # 24 GB have no room for half of 945 GB
+    speeds = facts["places"]
+    assert isinstance(speeds, dict)
+    assert speeds["host"]["middle"] == decode["middle"]["best"]
+    assert 0 < speeds["device"]["low"] < speeds["device"]["high"]
+    assert set(facts["prefill_tok_s"].values()) == {0.0}  # type: ignore[attr-defined]
+    assert main(["plan", str(config), "--machine", str(machine), "--context", "8192"]) == 0
+    shown = capsys.readouterr().out
+    assert "experts on host " in shown
+    assert "host_tflops" in shown
+    machine.write_text(json.dumps(MACHINE | card | {"host_tflops": 2}))
+    bigger = run_json(capsys, "plan", config, "--machine", machine, "--context", 8192, "--vram", "700GiB")
+    assert bigger["experts_on"] == "device"
+    assert bigger["decode"]["middle"]["link_s"] > 0  # type: ignore[index]
+    machine.write_text(json.dumps(MACHINE))
+    assert "--vram has no effect" in fails(capsys, "plan", config, "--machine", machine, "--vram", "8GiB")
     machine.write_text(json.dumps(MACHINE | card | {"vram": "8GB"}))
     assert "the accelerator of desk has" in fails(capsys, "plan", config, "--machine", machine)
 

@@ -35,13 +35,23 @@ class Access:
 
 @dataclass(eq=False)
 class Block:
-    """One allocation: who touched which bytes of it, as far as that may still matter."""
+    """One allocation: who touched which bytes of it, as far as that may still matter. While only the compute stream
+    (number 0) has touched it, `alone` is when it did last, and whoever uses it sees to that."""
 
     nbytes: int
+    freed: Callable[[int], None]
     accesses: list[Access] = field(default_factory=list)
+    alone: int | None = 0
+
+    def __del__(self) -> None:
+        self.freed(self.nbytes)
 
     def touch(self, access: Access, clock: Clock) -> None:
         """Note an access of work that knows `clock`. Raises MisuseError for a race."""
+        if self.alone is not None:
+            if self.alone:
+                self.accesses = [Access(0, self.nbytes, True, 0, self.alone, "an operation")]
+            self.alone = None
         kept = []
         for old in self.accesses:
             apart = old.stop <= access.start or access.stop <= old.start

@@ -6,10 +6,12 @@ it with a tensor of the host fails, as on a real device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from .clocks import Block, MisuseError
 
@@ -40,14 +42,12 @@ class DeviceTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        simpler = func.decompose(*args, **(kwargs or {}))
-        if simpler is not NotImplemented:
-            return simpler
-        flat, _ = tree_flatten((args, kwargs or {}))
-        mine = [item for item in flat if isinstance(item, DeviceTensor)]
-        _refuse_the_host(func, flat)
+        facts = facts_of(func)
+        if facts.decomposes:
+            return func.decompose(*args, **(kwargs or {}))
+        mine = _mine(facts, args, kwargs or {})
         with torch.inference_mode(False):  # so that all are of one kind, whoever made them
-            return mine[0].runtime.operate(func, args, kwargs or {})
+            return mine.runtime.operate(func, facts, args, kwargs or {})
 
     def data_ptr(self) -> int:
         """A number that no memory of the host has."""
@@ -60,18 +60,64 @@ class DeviceTensor(torch.Tensor):
         return f"DeviceTensor({list(self.shape)}, {self.dtype})"
 
 
-def _refuse_the_host(func: Any, flat: list[Any]) -> None:
-    name = str(func).rpartition(".")[0]
-    for item in flat:
-        if isinstance(item, torch.Tensor) and not isinstance(item, DeviceTensor):
-            if item.device.type == "meta":
-                raise MisuseError(f"{func}: a tensor without memory, made on no device")
-            if item.dim() and name not in _MIXED:
-                raise MisuseError(f"{func}: tensors of the host and of the device in one operation")
+@dataclass(frozen=True)
+class Facts:
+    """What an operation's schema says: whether torch makes it of simpler ones, whether its result is a view, whether
+    one argument may lie on the host, and for each argument its name and whether it is written."""
+
+    name: str
+    decomposes: bool
+    is_view: bool
+    mixes: bool
+    arguments: tuple[tuple[str, bool], ...]
+
+
+@cache
+def facts_of(func: Any) -> Facts:
+    schema = func._schema
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return Facts(
+        name=str(func),
+        decomposes=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite),
+        is_view=not schema.is_mutable and any(item.alias_info for item in schema.returns),
+        mixes=str(func).rpartition(".")[0] in _MIXED,
+        arguments=tuple(
+            (item.name, item.alias_info is not None and item.alias_info.is_write) for item in schema.arguments
+        ),
+    )
+
+
+def operands(facts: Facts, args: Any, kwargs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The tensors among the arguments, and whether each is written."""
+    for number, (name, writes) in enumerate(facts.arguments):
+        value = args[number] if number < len(args) else kwargs.get(name)
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item, writes
+
+
+def _mine(facts: Facts, args: Any, kwargs: dict[str, Any]) -> DeviceTensor:
+    """One of the device's tensors, if all that should be the device's are."""
+    found = None
+    for item, _ in operands(facts, args, kwargs):
+        if isinstance(item, DeviceTensor):
+            found = item
+        elif item.device.type == "meta":
+            raise MisuseError("a tensor without memory, made on no device")
+        elif item.dim() and not facts.mixes:
+            raise MisuseError("tensors of the host and of the device in one operation")
+    if found is None:
+        raise MisuseError("an operation without a tensor of the device")
+    return found
 
 
 def unwrapped(tree: Any) -> Any:
-    return tree_map(lambda item: item.inner if isinstance(item, DeviceTensor) else item, tree)
+    """The same arguments with the values themselves in place of the device's tensors."""
+    if isinstance(tree, DeviceTensor):
+        return tree.inner
+    if isinstance(tree, tuple | list):
+        return type(tree)(unwrapped(item) for item in tree)
+    return tree
 
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:

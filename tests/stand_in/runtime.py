@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from k2lite.backends.base import Memory
 from k2lite.backends.torch_device.meaning import Meaning, meaning_of
 
 from .clocks import Access, Block, Clock, MisuseError, Stream, learn
-from .device_tensor import DEVICE, DeviceTensor, byte_range, unwrapped
+from .device_tensor import DEVICE, DeviceTensor, Facts, byte_range, operands, unwrapped
 
 POISON = 0xA5
 PAGE = 4096
@@ -66,9 +65,10 @@ class StandInStream:
 
 
 class StandInRuntime:
-    """`total_bytes` of memory. `pins`: whether the host lets pages be locked."""
+    """`total_bytes` of memory. `pins`: how many bytes at least the host lets be locked at a time; a number between a
+    slot's and a buffer's refuses the one and not the other."""
 
-    def __init__(self, seed: int = 0, total_bytes: int = 1 << 30, *, pins: bool = True, name: str = "stand-in") -> None:
+    def __init__(self, seed: int = 0, total_bytes: int = 1 << 30, *, pins: int = 0, name: str = "stand-in") -> None:
         self.device = DEVICE
         self.name = name
         self.total_bytes = total_bytes
@@ -125,13 +125,13 @@ class StandInRuntime:
         else:
             self.fetched_bytes += src.nbytes
         inner = unwrapped((src, dst))
-        here.late.append((count, lambda: inner[1].copy_(inner[0])))
+        here.late.append((count, partial(_copy_now, *inner)))
         if here is self.compute:
             here.happen(count)
         self.let_something_happen()
 
     def pin(self, memory: torch.Tensor) -> None:
-        if not self._pins:
+        if memory.nbytes < self._pins:
             raise OSError("the host does not let pages be locked")
         if memory.data_ptr() % PAGE or memory.nbytes % PAGE:
             raise MisuseError("only whole pages can be pinned")
@@ -153,45 +153,46 @@ class StandInRuntime:
 
     # -- operations ---------------------------------------------------------------------------------------------
 
-    def operate(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def operate(self, func: Any, facts: Facts, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation of torch on the compute stream."""
         self.demand_alive()
         count = self.compute.begin(self.host_clock)
-        is_view = not func._schema.is_mutable and any(item.alias_info for item in func._schema.returns)
-        if not is_view:
-            for tensor, writes in _operands(func, args, kwargs):
-                self._touch(tensor, self.compute, count, writes, str(func))
-        to_host = self._goes_to_host(func, kwargs)
-        inner = {name: item for name, item in kwargs.items() if name not in ("device", "pin_memory")}
-        result = func(*unwrapped(args), **unwrapped(inner))
-        if to_host or func is torch.ops.aten._local_scalar_dense.default:
+        mine = [(item, writes) for item, writes in operands(facts, args, kwargs) if isinstance(item, DeviceTensor)]
+        if not facts.is_view:
+            for tensor, writes in mine:
+                self._touch(tensor, self.compute, count, writes, facts.name)
+        inner = {name: unwrapped(item) for name, item in kwargs.items() if name not in ("device", "pin_memory")}
+        result = func(*unwrapped(args), **inner)
+        if self._goes_to_host(func, args, kwargs):
             learn(self.host_clock, self.compute.clock)
             return result
-        originals = {id(tensor.inner): tensor for tensor, _ in _operands(func, args, kwargs)}
-        if func is torch.ops.aten.copy_.default and not isinstance(args[0], DeviceTensor):
-            learn(self.host_clock, self.compute.clock)
-            return args[0]
-
-        def wrap(item: Any) -> Any:
-            if not isinstance(item, torch.Tensor):
-                return item
-            same = originals.get(id(item))
-            return self._wrap(item) if same is None else same
-
-        result = tree_map(wrap, result)
-        if not is_view:
-            for tensor in result if isinstance(result, tuple | list) else [result]:
+        originals = {id(tensor.inner): tensor for tensor, _ in mine}
+        wrapped = [
+            self._wrapped(item, originals) for item in (result if isinstance(result, tuple | list) else [result])
+        ]
+        if not facts.is_view:
+            for tensor in wrapped:
                 if isinstance(tensor, DeviceTensor):
-                    self._touch(tensor, self.compute, count, True, str(func))
-        return result
+                    self._touch(tensor, self.compute, count, True, facts.name)
+        return type(result)(wrapped) if isinstance(result, tuple | list) else wrapped[0]
 
-    def _goes_to_host(self, func: Any, kwargs: dict[str, Any]) -> bool:
+    def _wrapped(self, item: Any, originals: dict[int, DeviceTensor]) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        same = originals.get(id(item))
+        return self._wrap(item) if same is None else same
+
+    def _goes_to_host(self, func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        if func is torch.ops.aten.copy_.default:
+            return not isinstance(args[0], DeviceTensor)
         device = kwargs.get("device")
-        if func is torch.ops.aten._to_copy.default:
-            return device is not None and torch.device(device).type == "cpu"
-        if device is not None and torch.device(device).type == "cpu":
+        if device is None or torch.device(device).type != "cpu":
+            return False
+        if func is not torch.ops.aten._to_copy.default:
             raise MisuseError(f"{func}: a tensor of the host made like one of the device")
-        return False
+        return True
 
     # -- what tests do to it --------------------------------------------------------------------------------------
 
@@ -230,6 +231,9 @@ class StandInRuntime:
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _touch(self, tensor: DeviceTensor, stream: Stream, count: int, writes: bool, what: str) -> None:
+        if stream is self.compute and tensor.block.alone is not None:
+            tensor.block.alone = count
+            return
         start, stop = byte_range(tensor.inner)
         if start < stop:
             tensor.block.touch(Access(start, stop, writes, stream.number, count, what), stream.clock)
@@ -251,9 +255,7 @@ class StandInRuntime:
             )
         self.used_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        block = Block(nbytes)
-        weakref.finalize(block, self._free, nbytes)
-        return block
+        return Block(nbytes, self._free)
 
     def _free(self, nbytes: int) -> None:
         self.used_bytes -= nbytes
@@ -263,13 +265,6 @@ class StandInRuntime:
         return not tensor.nbytes or any(first <= start and stop <= first + size for first, size in self.pinned.items())
 
 
-def _operands(func: Any, args: Any, kwargs: dict[str, Any]) -> list[tuple[DeviceTensor, bool]]:
-    """The device's tensors among the arguments, and whether each is written."""
-    found = []
-    for number, argument in enumerate(func._schema.arguments):
-        value = args[number] if number < len(args) else kwargs.get(argument.name)
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        for item in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(item, DeviceTensor):
-                found.append((item, writes))
-    return found
+@torch.inference_mode()
+def _copy_now(src: torch.Tensor, dst: torch.Tensor) -> None:
+    dst.copy_(src)

@@ -1,0 +1,1 @@
+"""What every torch accelerator shares, on the stand-in device."""
