@@ -14,6 +14,7 @@ from .stored import Stored
 
 PIECE = 128  # cached tokens of a program: from there on, more pieces cost more to merge than they give
 HEADS = 32
+SCRATCH_BYTES = 256 << 20  # sums of pieces; a prompt's tokens take turns in it
 STEP = 16
 
 
@@ -25,14 +26,12 @@ def attend(
     caches: int64 [T, 3] on the device, for each token its cache's address (float32 [N, R + P]), floats from row to row,
     and rows that it may see; `longest`: the most that any may see."""
     tokens, heads, nope = q_nope.shape
-    rank, rotary = kv_b.columns, q_rope.shape[2]
+    rank = kv_b.columns
     value = kv_b.outputs // heads - nope
     pieces = max(1, -(-longest // PIECE))
     device = q_nope.device
     absorbed = torch.empty(tokens, heads, rank, dtype=torch.bfloat16, device=device)
     mixed = torch.empty(tokens, heads, rank, dtype=kv_b.kind.activations, device=device)
-    sums = torch.empty(tokens, pieces, heads, rank, device=device)
-    tops, weights = (torch.empty(tokens, pieces, heads, device=device) for _ in range(2))
     out = torch.empty(tokens, heads, value, device=device)
     kind = kv_b.kind
     shape = {"OUTPUTS": 64, "TOKENS": 16 if tokens <= 16 else FEW_TOKENS}
@@ -43,7 +42,31 @@ def attend(
         tokens, heads, nope, value, rank, q_nope.stride(0), q_nope.stride(1), **kind.layout(), NOPE=_power(nope, 16),
         **shape,
     )  # fmt: skip
-    width = _power(rank, 16)
+    at_once = max(1, SCRATCH_BYTES // (4 * pieces * heads * (rank + 2)))
+    for begin in range(0, tokens, at_once):
+        some = slice(begin, begin + at_once)
+        _mix(absorbed[some], q_rope[some], caches[some], pieces, scale, mixed[some], kind.format)
+    launch(
+        values_kernel, (-(-value // 64), heads, blocks), mixed, kv_b.codes, kv_b.scales, out,
+        tokens, heads, nope, value, rank, **kind.loop(rank, shape["TOKENS"]), **shape, stages=3,
+    )  # fmt: skip
+    return out
+
+
+def _mix(
+    absorbed: torch.Tensor,
+    q_rope: torch.Tensor,
+    caches: torch.Tensor,
+    pieces: int,
+    scale: float,
+    mixed: torch.Tensor,
+    format: str,
+) -> None:
+    """Each head's mean of the latents that its scores weigh: mixed [T, H, R], prepared for value rows of `format`."""
+    tokens, heads, rank = absorbed.shape
+    sums = torch.empty(tokens, pieces, heads, rank, device=absorbed.device)
+    tops, weights = (torch.empty(tokens, pieces, heads, device=absorbed.device) for _ in range(2))
+    rotary, width = q_rope.shape[2], _power(rank, 16)
     launch(
         score_kernel, (tokens, -(-heads // HEADS), pieces), absorbed, q_rope, caches, sums, tops, weights, heads, rank,
         rotary, pieces, scale, q_rope.stride(0), q_rope.stride(1),
@@ -51,13 +74,8 @@ def attend(
     )  # fmt: skip
     launch(
         merge_kernel, (tokens, heads), caches, sums, tops, weights, mixed, heads, rank, pieces,
-        FORMAT=kind.format, WIDTH=width, PIECE=PIECE,
+        FORMAT=format, WIDTH=width, PIECE=PIECE,
     )  # fmt: skip
-    launch(
-        values_kernel, (-(-value // 64), heads, blocks), mixed, kv_b.codes, kv_b.scales, out,
-        tokens, heads, nope, value, rank, **kind.loop(rank, shape["TOKENS"]), **shape, stages=3,
-    )  # fmt: skip
-    return out
 
 
 def _power(number: int, least: int) -> int:

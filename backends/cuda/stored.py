@@ -37,8 +37,9 @@ class Kind:
 
     @property
     def sums(self) -> int:
-        """Tiles of float32 that a product takes: one of a slice beside the whole, where slices have scales."""
-        return 1 if self.format in ("bf16", "exact") else 2
+        """Tiles of float32 that a product takes: one of a slice beside the whole, where slices have scales; as much as
+        three where float32 itself multiplies, without matrix instructions."""
+        return {"bf16": 1, "exact": 3}.get(self.format, 2)
 
     def layout(self) -> dict[str, Any]:
         """What a kernel that reads such a weight is compiled for."""
@@ -48,7 +49,7 @@ class Kind:
         """The same of one that sums over the columns for tiles of so many tokens. STEP, the columns of a turn of its
         loop, fills registers with addresses and shared memory with tokens; it changes no order."""
         most = 2 * SLICE if self.format == "int4" and tokens <= 16 else SLICE
-        if self.format == "bf16" and tokens > 64:
+        if (self.format == "bf16" and tokens > 64) or (self.format == "exact" and tokens > 16):
             most = self.group
         step = min(most, -(-columns // self.group) * self.group)
         return {**self.layout(), "STEP": step, "EVEN": columns % step == 0}

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from k2lite.backends.base import Assignment, Segment
+from k2lite.backends.cuda import attention
 from k2lite.backends.cuda.products import FEW_TOKENS
 from k2lite.backends.cuda.stored import stored
 from k2lite.testing import oracle
@@ -46,8 +47,10 @@ def test_an_expert_s_bits_do_not_depend_on_its_tile(backend: InterpretedBackend)
     assert torch.equal(one[0], many[16])
 
 
-def test_pieces_of_a_cache_are_those_of_the_sequence(backend: InterpretedBackend) -> None:
-    """140 cached tokens are two pieces; a chunk's rows and one row alone see the same ones."""
+def test_pieces_of_a_cache_are_those_of_the_sequence(
+    backend: InterpretedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """140 cached tokens are two pieces; a chunk's rows and one row alone see the same ones, in turns or at once."""
     kv_b = matrix(5, "int8_channel", 2 * 48, 64)
     latent, q_nope, q_rope = normal(6, 140, 80), normal(7, 2, 2, 32), normal(8, 2, 2, 16)
     found = backend.attention(q_nope, q_rope, [Segment(0, 2, latent)], kv_b, 0.2)
@@ -57,3 +60,5 @@ def test_pieces_of_a_cache_are_those_of_the_sequence(backend: InterpretedBackend
     assert oracle.relative_error(found, expected) < 5e-3
     alone = backend.attention(q_nope[:1], q_rope[:1], [Segment(0, 1, latent[:139])], kv_b, 0.2)
     assert torch.equal(alone[0], found[0])
+    monkeypatch.setattr(attention, "SCRATCH_BYTES", 1)
+    assert torch.equal(backend.attention(q_nope, q_rope, [Segment(0, 2, latent)], kv_b, 0.2), found)
