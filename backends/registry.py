@@ -23,6 +23,7 @@ BUILT_IN = {
     "onnx": "k2lite.backends.onnx.spec",
     "ascend": "k2lite.backends.ascend.spec",
     "cambricon": "k2lite.backends.cambricon.spec",
+    "cuda": "k2lite.backends.cuda.spec",
 }
 AUTO = "auto"
 GROUP = "k2lite.backends"

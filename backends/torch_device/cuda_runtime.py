@@ -35,6 +35,12 @@ class CudaRuntime(ModuleRuntime):
             raise RuntimeError(f"cudaHostUnregister failed with error {code}")
 
 
+def generation(index: int = 0) -> str:
+    """A card's instruction set, as compilers name it: matrix instructions of two generations may sum otherwise."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
 def probe(cuda: Any = torch.cuda, built_for: str | None = torch.version.cuda) -> Probe:
     """Whether a card can work here, or what is missing and what to do. `cuda` is torch's module, `built_for` the CUDA
     version that torch was built for."""
