@@ -86,7 +86,7 @@ class Server:
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
         include_usage = _include_usage(fields)
-        return await self._stream(prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
+        return await self._stream(request, prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
 
     async def completions(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -103,7 +103,7 @@ class Server:
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
         include_usage = _include_usage(fields)
-        return await self._stream(prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
+        return await self._stream(request, prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
 
     async def messages(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -112,7 +112,7 @@ class Server:
         writer = anthropic_messages.MessageWriter(self.service)
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
-        return await self._stream(prepared, writer.stream)
+        return await self._stream(request, prepared, writer.stream)
 
     async def responses(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -121,7 +121,7 @@ class Server:
         writer = openai_responses.ResponseWriter(self.service)
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
-        return await self._stream(prepared, writer.stream)
+        return await self._stream(request, prepared, writer.stream)
 
     async def count_tokens(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -192,18 +192,20 @@ class Server:
     def _check_key(self, request: Request) -> None:
         if self._key is None:
             return
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        shown = request.headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
-        if not hmac.compare_digest(shown.encode("utf-8", "replace"), self._key.encode()):
+        if not hmac.compare_digest(shown_key(request).encode("utf-8", "replace"), self._key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def _body(self, request: Request) -> Fields:
         limit = self.service.limits.max_body_bytes
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise ApiError(413, f"the body is larger than {limit} bytes")
+        try:
+            async with asyncio.timeout(self.service.limits.body_s):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise ApiError(413, f"the body is larger than {limit} bytes")
+        except TimeoutError as error:
+            raise ApiError(408, f"the body was not complete in {self.service.limits.body_s:g} seconds") from error
         if request.headers.get("content-encoding", "identity") != "identity":
             raise invalid("compressed bodies are not taken")
         return await run_in_threadpool(parse_object, bytes(body), max_depth=self.service.limits.max_depth)
@@ -212,7 +214,7 @@ class Server:
         self, request: Request, prepared: AnswerRequest, collect: Callable[[Answer], Awaitable[dict[str, Any]]]
     ) -> dict[str, Any]:
         """The whole answer, given up when the client goes."""
-        async with self.service.answer(prepared) as answer:
+        async with self.service.answer(prepared, client_of(request)) as answer:
             work = asyncio.ensure_future(collect(answer))
             gone = asyncio.ensure_future(_disconnected(request))
             try:
@@ -225,10 +227,10 @@ class Server:
                 gone.cancel()
 
     async def _stream(
-        self, prepared: AnswerRequest, write: Callable[[Answer], AsyncIterator[str]]
+        self, request: Request, prepared: AnswerRequest, write: Callable[[Answer], AsyncIterator[str]]
     ) -> StreamingResponse:
         """Server-sent events. What can be refused is refused before the first byte."""
-        running = self.service.answer(prepared)
+        running = self.service.answer(prepared, client_of(request))
         return _Events(running, write(await running.__aenter__()))
 
 
@@ -244,6 +246,18 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._running.__aexit__(None, None, None)
+
+
+def shown_key(request: Request) -> str:
+    """The key that a client shows in either API's way; empty without one."""
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    return request.headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for a fair queue: an address, and on one machine the key, which each program chooses for itself where
+    none is demanded."""
+    return f"{request.client.host if request.client else ''} {shown_key(request)}"
 
 
 def _include_usage(fields: Fields) -> bool:
