@@ -47,7 +47,7 @@ LETTER = {
         "description": "Send a letter.",
         "parameters": {
             "type": "object",
-            "properties": {"lines": {"type": "array", "items": {"type": "string"}, "minItems": 64}},
+            "properties": {"lines": {"type": "array", "items": {"type": "string"}, "minItems": 16}},
             "required": ["lines"],
         },
     },
