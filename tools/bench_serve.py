@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -28,6 +28,8 @@ import uvicorn
 import k2lite
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.engine import Chunk, Engine
+from k2lite.sampling import sample
+from k2lite.server import scheduler
 from k2lite.server.app import Server
 from k2lite.server.fields import Fields
 from k2lite.server.listening import config, listen
@@ -112,7 +114,7 @@ async def _choices(engine: Engine, asked: list[ToolRequest], *, constrained: boo
 
 
 def cost(engine: Engine, streams: int, kind: str, tokens: int, runs: int) -> dict[str, Any]:
-    """What serving adds to the engine's steps, a token and stream: in time, as clients see it, less as many steps over
+    """What serving adds to steps and sampling, a token and stream: in time, as clients see it, less as many steps over
     as many sequences alone; and in CPU time of the two threads that serve, which other work on the machine sways less.
     """
     body = {
@@ -149,7 +151,7 @@ def cost(engine: Engine, streams: int, kind: str, tokens: int, runs: int) -> dic
 
 
 class _ServingCpu:
-    """CPU seconds of the scheduler's thread outside the engine's steps, and of the event loop's, between entering and
+    """CPU seconds of the scheduler's thread outside steps and sampling, and of the event loop's, between entering and
     leaving."""
 
     def __init__(self, engine: Engine) -> None:
@@ -160,35 +162,39 @@ class _ServingCpu:
         self._clocks = [time.pthread_getcpuclockid(ident) for ident in threads if ident is not None]
 
     def __enter__(self) -> _ServingCpu:
-        step = self._engine.step
         self.seconds = -self._now()
-
-        def timed(chunks: Sequence[Chunk]) -> Any:
-            began = time.thread_time()
-            try:
-                return step(chunks)
-            finally:
-                self.seconds -= time.thread_time() - began
-
-        self._engine.step = timed  # type: ignore[method-assign]
+        self._engine.step = self._apart(self._engine.step)  # type: ignore[method-assign]
+        scheduler.sample = self._apart(sample)
         return self
 
     def __exit__(self, *_: object) -> None:
         del self._engine.step
+        scheduler.sample = sample
         self.seconds += self._now()
+
+    def _apart(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return act(*args)
+            finally:
+                self.seconds -= time.thread_time() - began
+
+        return timed
 
     def _now(self) -> float:
         return sum(time.clock_gettime(clock) for clock in self._clocks)
 
 
 def _step_alone(engine: Engine, ids: list[int], streams: int, tokens: int) -> float:
-    """Seconds a step over `streams` sequences that grow from `ids` by `tokens`."""
+    """Seconds a step over `streams` sequences that grow from `ids` by `tokens`, each token sampled."""
     sequences = [engine.open() for _ in range(streams)]
     for sequence in sequences:
         engine.prefill(sequence, ids)
     began = time.perf_counter()
     for at in range(tokens):
-        engine.step([Chunk(sequence, [ids[at % len(ids)]]) for sequence in sequences])
+        for logits in engine.step([Chunk(sequence, [ids[at % len(ids)]]) for sequence in sequences]):
+            sample(logits[0], engine.recommended_sampling, at)
     seconds = time.perf_counter() - began
     for sequence in sequences:
         sequence.close()

@@ -28,6 +28,7 @@ from .answering import AnswerRequest
 from .errors import ApiError, broken, frames_of, invalid
 from .fields import Fields, parse_object
 from .metrics import Metrics
+from .openapi import described
 from .service import Answer, Service
 
 ErrorBody = Callable[[ApiError], dict[str, Any]]
@@ -63,6 +64,7 @@ class Server:
             self._route("/v1/messages/count_tokens", self.count_tokens, anthropic),
             self._route("/metrics", self.prometheus, openai, methods=["GET"]),
             self._route("/api/state", self.state, openai, methods=["GET"]),
+            Route("/openapi.json", self.description),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/", self.page),
@@ -160,6 +162,9 @@ class Server:
 
     async def state(self, _: Request) -> Response:
         return JSONResponse(self._metrics.state())
+
+    async def description(self, _: Request) -> Response:
+        return JSONResponse(described())
 
     async def health(self, _: Request) -> Response:
         """Whether the process answers at all."""

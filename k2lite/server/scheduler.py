@@ -152,6 +152,8 @@ class Scheduler:
         self.totals.cancelled += len(gone) + self._waiting.drop_cancelled()
 
     def _take_waiting(self) -> list[Job]:
+        if not self._waiting.jobs:
+            return []
         return self._waiting.take(self.slots - len(self._active), [active.job.client for active in self._active])
 
     def _admit(self, job: Job) -> None:
@@ -187,7 +189,7 @@ class Scheduler:
         made = 0
         for active, logits in self._stepped(chunks):
             del active.todo[: len(chunks[active].ids)]
-            if len(logits):
+            if logits.shape[0]:
                 made += 1
                 self._guarded(active.job, lambda a=active, row=logits[0]: self._choose(a, row))
         seconds = time.perf_counter() - began
