@@ -49,7 +49,7 @@ LETTER = {
         "description": "Send a letter.",
         "parameters": {
             "type": "object",
-            "properties": {"lines": {"type": "array", "items": {"type": "string"}, "minItems": 16}},
+            "properties": {"lines": {"type": "array", "items": {"type": "string"}, "minItems": 20}},
             "required": ["lines"],
         },
     },
@@ -130,14 +130,20 @@ def cost(engine: Engine, streams: int, kind: str, tokens: int, runs: int) -> dic
         ids = service.prepare(*read_request(Fields(body, ""), service.limits)).ids
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as client:
             for _ in range(runs + 1):
-                with _ServingCpu(engine) as cpu:
-                    before = service.scheduler.totals.completion_tokens
-                    span = client.submit(stream_all, port, "/v1/chat/completions", [body] * streams).result()
-                    made = service.scheduler.totals.completion_tokens - before
+                spent = []
+                for length in (tokens // 2, tokens):  # the difference is without what a request costs once
+                    bodies = [{**body, "max_tokens": length}] * streams
+                    with _ServingCpu(engine) as cpu:
+                        before = service.scheduler.totals.completion_tokens
+                        span = client.submit(stream_all, port, "/v1/chat/completions", bodies).result()
+                        made = service.scheduler.totals.completion_tokens - before
+                    spent.append((cpu.seconds, made))
+                (short_s, fewer), (long_s, made) = spent
                 token_s = span / (made / streams - 1)
                 engine_s = _step_alone(engine, ids, streams, made // streams)
                 added_us = (token_s - engine_s) / streams * 1e6
-                for name, value in zip(found, (token_s, engine_s, added_us, cpu.seconds / made * 1e6), strict=True):
+                cpu_us = (long_s - short_s) / (made - fewer) * 1e6
+                for name, value in zip(found, (token_s, engine_s, added_us, cpu_us), strict=True):
                     found[name].append(value)
     # the first run compiles and fills caches
     median = {name: statistics.median(values[1:]) for name, values in found.items()}
