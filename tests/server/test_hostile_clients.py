@@ -28,6 +28,7 @@ AT_ONCE = 32
 PATIENCE_S = 60
 BODY_LIMIT = 1 << 20
 LONGEST = 24
+HEAD_S = "k2lite.server.listening.HEAD_S"
 KINDS = ("half-closed", "reset", "dribbled", "oversize", "misplaced", "long head", "confused")
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": UNITS, "max_tokens": 2, "tools": [TOOL], "tool_choice": "auto", "stop": ["x"]},
@@ -65,7 +66,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hasty(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Service]]:
     """A server that waits for nobody."""
-    monkeypatch.setattr("k2lite.server.listening.HEAD_S", 0.3)
+    monkeypatch.setattr(HEAD_S, 0.3)
     with served(random_engine, limits=Limits(queue=AT_ONCE, body_s=0.3)) as server:
         yield server
 
@@ -175,15 +176,19 @@ async def crowd(rng: random.Random, count: int, kinds: Sequence[str], address: s
 
 
 @pytest.mark.usefixtures("short_answers")
-def test_every_reply_is_meant_and_nothing_grows(random_engine: Engine, hasty: tuple[str, Service]) -> None:
+def test_every_reply_is_meant_and_nothing_grows(
+    random_engine: Engine, hasty: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(9)
     me = psutil.Process()
     with served(random_engine, limits=Limits(queue=AT_ONCE, max_body_bytes=BODY_LIMIT)) as (address, service):
 
         def come(count: int) -> Counter[tuple[str, int]]:
             """To one server after the other, since they share an engine; what is damaged may never end."""
+            monkeypatch.setattr(HEAD_S, 0.3)
             replies = asyncio.run(crowd(rng, count // 5, ["damaged"], hasty[0]))
             assert soon(lambda: idle(hasty[1]))
+            monkeypatch.setattr(HEAD_S, PATIENCE_S)
             replies += asyncio.run(crowd(rng, count - count // 5, KINDS, address))
             assert soon(lambda: idle(service))
             return replies
