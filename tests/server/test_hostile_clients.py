@@ -67,7 +67,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def hasty(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Service]]:
     """A server that waits for nobody."""
     monkeypatch.setattr(HEAD_S, 0.3)
-    with served(random_engine, limits=Limits(queue=AT_ONCE, body_s=0.3)) as server:
+    with served(random_engine, limits=Limits(queue=8 * AT_ONCE, body_s=0.3)) as server:
         yield server
 
 
@@ -181,7 +181,7 @@ def test_every_reply_is_meant_and_nothing_grows(
 ) -> None:
     rng = random.Random(9)
     me = psutil.Process()
-    with served(random_engine, limits=Limits(queue=AT_ONCE, max_body_bytes=BODY_LIMIT)) as (address, service):
+    with served(random_engine, limits=Limits(queue=8 * AT_ONCE, max_body_bytes=BODY_LIMIT)) as (address, service):
 
         def come(count: int) -> Counter[tuple[str, int]]:
             """To one server after the other, since they share an engine; what is damaged may never end."""
