@@ -80,7 +80,8 @@ class AnswerConstraint:
         )
         self._names = {name: f"functions.{name}:".encode() for name in rules.tools}
         self._endings = {name: self._call_tokens(name) for name in rules.tools}
-        self._free: torch.Tensor | None = None
+        self._free: torch.Tensor | None = None  # what free text may be of
+        self._free_call = torch.empty(0, dtype=torch.bool)  # and where a call may begin too
 
     @property
     def finished(self) -> bool:
@@ -239,10 +240,10 @@ class AnswerConstraint:
             self._free[[*ends, *(token for token in (self._control.think_begin, self._control.think_end) if token)]] = (
                 True
             )
-        begin = self._control.section_begin
-        if begin is not None:
-            self._free[begin] = self._rules.call == "may" and self._call_fits(left)
-        return self._free
+            self._free_call = torch.clone(self._free)
+            if self._control.section_begin is not None:
+                self._free_call[self._control.section_begin] = True
+        return self._free_call if self._rules.call == "may" and self._call_fits(left) else self._free
 
     def _call_fits(self, left: int) -> bool:
         """Whether a section with one call fits into what is left."""

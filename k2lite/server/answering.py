@@ -87,9 +87,11 @@ class Usage:
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. `tell` is called in the scheduler's thread; `cancelled` may be set from any."""
+    """A request on its way, of one of the clients that take turns. `tell` is called in the scheduler's thread;
+    `cancelled` may be set from any."""
 
     request: AnswerRequest
     tell: Callable[[News], None]
+    client: str = ""
     usage: Usage = field(default_factory=Usage)
     cancelled: bool = False

@@ -28,6 +28,7 @@ from .answering import AnswerRequest
 from .errors import ApiError, broken, frames_of, invalid
 from .fields import Fields, parse_object
 from .metrics import Metrics
+from .openapi import described
 from .service import Answer, Service
 
 ErrorBody = Callable[[ApiError], dict[str, Any]]
@@ -63,6 +64,7 @@ class Server:
             self._route("/v1/messages/count_tokens", self.count_tokens, anthropic),
             self._route("/metrics", self.prometheus, openai, methods=["GET"]),
             self._route("/api/state", self.state, openai, methods=["GET"]),
+            Route("/openapi.json", self.description),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/", self.page),
@@ -86,7 +88,7 @@ class Server:
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
         include_usage = _include_usage(fields)
-        return await self._stream(prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
+        return await self._stream(request, prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
 
     async def completions(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -103,7 +105,7 @@ class Server:
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
         include_usage = _include_usage(fields)
-        return await self._stream(prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
+        return await self._stream(request, prepared, lambda answer: writer.stream(answer, include_usage=include_usage))
 
     async def messages(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -112,7 +114,7 @@ class Server:
         writer = anthropic_messages.MessageWriter(self.service)
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
-        return await self._stream(prepared, writer.stream)
+        return await self._stream(request, prepared, writer.stream)
 
     async def responses(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -121,7 +123,7 @@ class Server:
         writer = openai_responses.ResponseWriter(self.service)
         if not fields.boolean("stream"):
             return JSONResponse(await self._whole(request, prepared, writer.whole))
-        return await self._stream(prepared, writer.stream)
+        return await self._stream(request, prepared, writer.stream)
 
     async def count_tokens(self, request: Request) -> Response:
         fields = await self._body(request)
@@ -161,6 +163,9 @@ class Server:
     async def state(self, _: Request) -> Response:
         return JSONResponse(self._metrics.state())
 
+    async def description(self, _: Request) -> Response:
+        return JSONResponse(described())
+
     async def health(self, _: Request) -> Response:
         """Whether the process answers at all."""
         return JSONResponse({"status": "ok"})
@@ -192,18 +197,20 @@ class Server:
     def _check_key(self, request: Request) -> None:
         if self._key is None:
             return
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        shown = request.headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
-        if not hmac.compare_digest(shown.encode("utf-8", "replace"), self._key.encode()):
+        if not hmac.compare_digest(shown_key(request).encode("utf-8", "replace"), self._key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     async def _body(self, request: Request) -> Fields:
         limit = self.service.limits.max_body_bytes
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise ApiError(413, f"the body is larger than {limit} bytes")
+        try:
+            async with asyncio.timeout(self.service.limits.body_s):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise ApiError(413, f"the body is larger than {limit} bytes")
+        except TimeoutError as error:
+            raise ApiError(408, f"the body was not complete in {self.service.limits.body_s:g} seconds") from error
         if request.headers.get("content-encoding", "identity") != "identity":
             raise invalid("compressed bodies are not taken")
         return await run_in_threadpool(parse_object, bytes(body), max_depth=self.service.limits.max_depth)
@@ -212,7 +219,7 @@ class Server:
         self, request: Request, prepared: AnswerRequest, collect: Callable[[Answer], Awaitable[dict[str, Any]]]
     ) -> dict[str, Any]:
         """The whole answer, given up when the client goes."""
-        async with self.service.answer(prepared) as answer:
+        async with self.service.answer(prepared, client_of(request)) as answer:
             work = asyncio.ensure_future(collect(answer))
             gone = asyncio.ensure_future(_disconnected(request))
             try:
@@ -225,10 +232,10 @@ class Server:
                 gone.cancel()
 
     async def _stream(
-        self, prepared: AnswerRequest, write: Callable[[Answer], AsyncIterator[str]]
+        self, request: Request, prepared: AnswerRequest, write: Callable[[Answer], AsyncIterator[str]]
     ) -> StreamingResponse:
         """Server-sent events. What can be refused is refused before the first byte."""
-        running = self.service.answer(prepared)
+        running = self.service.answer(prepared, client_of(request))
         return _Events(running, write(await running.__aenter__()))
 
 
@@ -244,6 +251,18 @@ class _Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._running.__aexit__(None, None, None)
+
+
+def shown_key(request: Request) -> str:
+    """The key that a client shows in either API's way; empty without one."""
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    return request.headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for a fair queue: an address, and on one machine the key, which each program chooses for itself where
+    none is demanded."""
+    return f"{request.client.host if request.client else ''} {shown_key(request)}"
 
 
 def _include_usage(fields: Fields) -> bool:

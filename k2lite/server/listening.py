@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from contextlib import suppress
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from k2lite.quant.errors import RequestError
 
 GRACE_S = 5  # what is in progress at the end may take this long
+HEAD_S = 20.0  # in which a request's head must be complete
+CONNECTIONS = 512  # at a time; what comes then is a 503
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -26,18 +30,49 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+class _Protocol(H11Protocol):
+    """uvicorn's, but a connection on which no request's head is complete in time is closed: it counts against
+    CONNECTIONS, so that a few clients who never finish would keep all others out."""
+
+    _overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        else:
+            self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._overdue is None:
+            self._overdue = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+
 def config(app: Starlette) -> uvicorn.Config:
     """uvicorn without an access log (paths may be private), with limits on slow and idle connections."""
     return uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
         ws="none",
         access_log=False,
         log_level="warning",
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=GRACE_S,
-        limit_concurrency=512,
+        limit_concurrency=CONNECTIONS,
     )
 
 

@@ -1,7 +1,7 @@
 """Several requests through one engine: every step takes a token of each answer in progress and a share of the prompts.
 
 Invariant: one thread alone touches the engine, and an answer's tokens don't depend on what else is in progress (the
-engine's promise). First come, first served; a job that fails or is cancelled leaves at the next step.
+engine's promise). Clients take turns; a job that fails or is cancelled leaves at the next step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from k2lite.text.answer_reader import State
 
 from .answering import Failure, Finish, Job, News, Piece, TokenRecord
 from .errors import frames_of
+from .fair_queue import FairQueue
 from .prefix_cache import PrefixCache
 
 PROMPT_TOKENS_A_STEP = 512
@@ -66,8 +66,7 @@ class Scheduler:
         self.slots = slots
         self.totals = Totals()
         self.prefixes = prefixes
-        self._queue_limit = queue
-        self._waiting: deque[Job] = deque()
+        self._waiting = FairQueue(queue)
         self._active: list[_Active] = []
         self._news = threading.Condition()
         self._closing = False
@@ -80,7 +79,7 @@ class Scheduler:
         """Cancel what is in progress and end the thread."""
         with self._news:
             self._closing = True
-            for job in [*self._waiting, *(active.job for active in self._active)]:
+            for job in [*self._waiting.jobs, *(active.job for active in self._active)]:
                 job.cancelled = True
             self._news.notify()
         self._thread.join()
@@ -89,11 +88,11 @@ class Scheduler:
     def submit(self, job: Job) -> bool:
         """Queue a job; False if the queue is full."""
         with self._news:
-            if self._closing or len(self._waiting) + len(self._active) >= self.slots + self._queue_limit:
+            free = self.slots - len(self._active)
+            if self._closing or not self._waiting.add(job, free):
                 self.totals.refused += 1
                 return False
             self.totals.requests += 1
-            self._waiting.append(job)
             self._news.notify()
             return True
 
@@ -105,7 +104,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting.jobs)
 
     @property
     def running(self) -> int:
@@ -132,7 +131,7 @@ class Scheduler:
 
     def _nothing_to_do(self) -> bool:
         """Nobody can be admitted, and all who are wait for the drive."""
-        if self._waiting and len(self._active) < self.slots:
+        if self._waiting.jobs and len(self._active) < self.slots:
             return False
         if any(active.arriving is None or active.arriving.done() for active in self._active):
             return False
@@ -150,13 +149,12 @@ class Scheduler:
         gone = [active for active in self._active if active.job.cancelled and active.arriving is None]
         for active in gone:
             self._retire(active)
-        before = len(self._waiting)
-        self._waiting = deque(job for job in self._waiting if not job.cancelled)
-        self.totals.cancelled += len(gone) + before - len(self._waiting)
+        self.totals.cancelled += len(gone) + self._waiting.drop_cancelled()
 
     def _take_waiting(self) -> list[Job]:
-        free = self.slots - len(self._active)
-        return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        if not self._waiting.jobs:
+            return []
+        return self._waiting.take(self.slots - len(self._active), [active.job.client for active in self._active])
 
     def _admit(self, job: Job) -> None:
         ids = job.request.ids
@@ -191,7 +189,7 @@ class Scheduler:
         made = 0
         for active, logits in self._stepped(chunks):
             del active.todo[: len(chunks[active].ids)]
-            if len(logits):
+            if logits.shape[0]:
                 made += 1
                 self._guarded(active.job, lambda a=active, row=logits[0]: self._choose(a, row))
         seconds = time.perf_counter() - began

@@ -34,6 +34,7 @@ class Limits:
     slots: int = 4
     queue: int = 32
     max_body_bytes: int = 32 << 20
+    body_s: float = 60.0  # in which a body must be complete
     max_depth: int = 64
     max_messages: int = 20_000
     max_tools: int = 512
@@ -152,9 +153,10 @@ class Service:
         return replace(self.engine.recommended_sampling, **{"seed": secrets.randbits(32), **named})
 
     @asynccontextmanager
-    async def answer(self, request: AnswerRequest) -> AsyncIterator[Answer]:
-        """Run a request; leaving the block cancels what is not done. Raises ApiError 429 where the queue is full."""
-        answer = Answer(request)
+    async def answer(self, request: AnswerRequest, client: str = "") -> AsyncIterator[Answer]:
+        """Run a request; leaving the block cancels what is not done. Clients take turns where requests wait. Raises
+        ApiError 429 where the queue is full."""
+        answer = Answer(request, client)
         if not self.scheduler.submit(answer.job):
             waiting = self.scheduler.waiting + self.scheduler.running
             raise busy(f"{waiting} requests are in progress or waiting; try again", 1 + waiting)
@@ -168,7 +170,7 @@ class Service:
 class Answer:
     """Iterate for news; `usage` grows with it."""
 
-    def __init__(self, request: AnswerRequest) -> None:
+    def __init__(self, request: AnswerRequest, client: str) -> None:
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[News] = asyncio.Queue()
         self.done = False
@@ -179,7 +181,7 @@ class Answer:
             except RuntimeError:  # the loop has ended, and with it everyone who listens
                 self.job.cancelled = True
 
-        self.job = Job(request, tell, Usage(prompt_tokens=len(request.ids)))
+        self.job = Job(request, tell, client, Usage(prompt_tokens=len(request.ids)))
         self.usage = self.job.usage
 
     async def __aiter__(self) -> AsyncIterator[News]:

@@ -35,6 +35,8 @@ class TextStream:
         return self._release(self._utf8.decode(b"", final=True), final=True)
 
     def _release(self, text: str, *, final: bool) -> str:
+        if not self._stop:
+            return text
         text = self._held + text
         found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stop if stop in text]
         if found:

@@ -3,13 +3,9 @@ that fail."""
 
 from __future__ import annotations
 
-import json
-import random
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -18,7 +14,6 @@ import pytest
 from k2lite.engine import Engine
 from k2lite.quant.errors import CheckpointError
 from k2lite.server.service import Limits, Service
-from tests.samples import examples
 from tests.server.conftest import served
 from tests.server.tools import TOOL, UNITS
 
@@ -139,32 +134,6 @@ def test_an_odd_body_is_refused(random_engine: Engine, body: bytes, status: int)
             reply = httpx.post(f"{address}/v1/{path}", content=body)
             assert reply.status_code == status, path
             assert reply.json()["error"]["message"]
-
-
-def test_hostile_clients_leave_the_server_answering(random_server: tuple[str, Service]) -> None:
-    """Malformed, cut and half-closed requests: no 5xx, and nothing left in a slot."""
-    address, service = random_server
-    rng = random.Random(9)
-    where = urlsplit(address)
-    body = json.dumps({**LONG, "max_tokens": 3, "tools": [TOOL], "stream": False}).encode()
-    good = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    for _ in range(examples(60)):
-        raw = bytearray(good)
-        for _ in range(rng.randint(1, 6)):
-            at = rng.randrange(len(raw))
-            raw[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
-        with socket.create_connection((where.hostname, where.port), timeout=20) as connection:
-            connection.sendall(raw[: rng.randint(1, len(raw))])
-            if rng.random() < 0.5:
-                connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(0.05)
-            try:
-                reply = connection.recv(64)
-            except TimeoutError:
-                continue
-            assert not reply.startswith(b"HTTP/1.1 5"), (reply, bytes(raw))
-    assert soon(lambda: service.scheduler.running + service.scheduler.waiting == 0)
-    assert httpx.get(f"{address}/ready").status_code == 200
 
 
 def test_what_is_watched(demo_server: tuple[str, Service], client: openai.OpenAI) -> None:
