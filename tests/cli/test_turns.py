@@ -105,7 +105,7 @@ def test_ctrl_c_before_the_first_token_and_at_the_prompt_does_not_end_the_chat(
     heard: list[tuple[str, list[Any]]] = []
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(chat, "_turn", turn)
-    monkeypatch.setattr(chat, "load_engine", lambda _: engine)
+    monkeypatch.setattr(chat, "load_engine", lambda *_, **__: engine)
     parser = argparse.ArgumentParser()
     chat.add_arguments(parser)
     assert chat.execute(parser.parse_args(["model", "--system", ""])) == 0

@@ -119,7 +119,7 @@ def test_more_than_memory_is_refused_with_the_sum(values: tuple[Path, Weights]) 
     with pytest.raises(MemoryPlanError) as refused:
         demand_memory(config, plan, 10**9)
     assert "720 numbers a token x 1000000000 tokens x 4 bytes = 2682.21 GiB" in str(refused.value)
-    assert f"{READ_AHEAD_BLOCKS + 1} factors of 4 bytes = {hessians / 2**20:.1f} MiB" in str(refused.value)
+    assert f"{READ_AHEAD_BLOCKS + 1} factors of 4 bytes = {hessians / 2**10:.1f} KiB" in str(refused.value)
 
 
 def test_no_more_factors_live_at_once_than_the_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
