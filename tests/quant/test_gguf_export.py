@@ -261,7 +261,9 @@ def test_no_more_than_a_few_blocks_are_in_memory(tmp_path: Path, monkeypatch: py
 
 def test_an_empty_list_is_one_of_strings_to_the_package(tmp_path: Path) -> None:
     """The merges of a byte tokenizer."""
-    with gguf_writer.GgufWriter(tmp_path / "a.gguf", {"tokenizer.ggml.merges": []}, []) as writer:
-        writer.finish()
+    writer = GgufWriter(tmp_path / "a.gguf", {"tokenizer.ggml.merges": []}, [])
+    writer.complete()
+    writer.publish()
+    writer.close()
     types = gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.ggml.merges"].types
     assert types[0] == gguf.GGUFValueType.ARRAY
