@@ -103,7 +103,7 @@ class Engine:
         placement: Placement,
         *,
         guard: MemoryGuard,
-        owns_backend: bool,
+        owned_backends: Ids[Backend],
         stop_ids: frozenset[int],
         recommended_sampling: SamplingParams,
         tokenizer: Tokenizer,
@@ -117,7 +117,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._guard = guard
         self._model = model
-        self._owns_backend = owns_backend
+        self._owned_backends = owned_backends
 
     @property
     def backend(self) -> Backend:
@@ -141,8 +141,8 @@ class Engine:
         """End the threads that read and, where the backend was opened for this engine, those that compute, and close
         the weight files; the engine is of no use afterwards. An engine that is dropped closes by itself."""
         self._model.close()
-        if self._owns_backend:
-            self._model.backend.close()
+        for backend in self._owned_backends:
+            backend.close()
 
     def __enter__(self) -> Engine:
         return self

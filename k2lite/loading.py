@@ -101,7 +101,8 @@ def load(
     sequences: how many may be open at once; each has a KV cache of the whole context in the plan.
     recorder: is told the inputs of every matrix; slow.
 
-    With an accelerator's backend, which takes trunk and KV cache (each of these is part of the arithmetic but `vram`):
+    With an accelerator's backend, which takes trunk and KV cache (each of these may change tokens, `vram` where it
+    decides what multiplies on the device; name them where two runs must be the same):
     vram: what it may take of the accelerator's memory, as "20GiB" or bytes; by default what is free there.
     experts_on: where experts multiply: "device", "host" (by `host_backend`, which gets `activations` and `threads`) or
         "split"; by default device or host, by the model's and the memory's sizes.
@@ -169,12 +170,15 @@ def load(
         device = RecordingBackend(device, recorder, trunk_matrices(weights, config.tensor_prefix))
         source, places = RecordingSource(source, device, config.tensor_prefix), BesideTrunk(device)
     host = device if accelerator is None else accelerator.host
+    owned = [device] if isinstance(backend, str) else []
+    if accelerator is not None and isinstance(host_backend, str):
+        owned.append(accelerator.host)
     return Engine(
         Model(config, weights, source, device, places),
         experts,
         placement,
         guard=MemoryGuard(host.memory, experts, placement.slot_bytes),
-        owns_backend=isinstance(backend, str),
+        owned_backends=owned,
         stop_ids=stop_ids,
         recommended_sampling=recommended,
         tokenizer=tokenizer,

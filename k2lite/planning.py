@@ -121,7 +121,11 @@ def plan_report(
     if weights.experts:
         facts |= speeds(config, model, machine, placement, on_device)
         if routing is not None:
-            facts["traced"] = traced_speeds(config, model, machine.rates, placement, routing, on_device=on_device)
+            place = facts.get("experts_on", "split")
+            there = 0.0 if place == "host" else on_device
+            facts["traced"] = traced_speeds(
+                config, model, machine.rates, placement, routing, on_device=there, place=place
+            )
     return facts
 
 
@@ -169,6 +173,7 @@ def traced_speeds(
     *,
     chunk_tokens: int | None = None,
     on_device: float = 0.0,
+    place: Place = "split",
 ) -> dict[str, Any]:
     """Predicted speeds of a placement when the routers choose what a trace says (MoE layer i follows trace layer i,
     looped): the hit rate is that of the default policy in a replay. A trace doesn't tell what the next layer's router
@@ -182,9 +187,9 @@ def traced_speeds(
     chunk = placement.prefill_chunk_tokens if chunk_tokens is None else chunk_tokens
     share = touched_share(ids, chunk, config.n_routed_experts)
     return {
-        "decode": asdict(decode_speed(work, rates, found, held=held, on_device=on_device, recall=0.0)),
+        "decode": asdict(decode_speed(work, rates, found, held=held, on_device=on_device, place=place, recall=0.0)),
         "chunk_tokens": chunk,
-        "prefill_tok_s": prefill_speed(work, rates, chunk, held=held, on_device=on_device, share=share),
+        "prefill_tok_s": prefill_speed(work, rates, chunk, held=held, on_device=on_device, place=place, share=share),
     }
 
 

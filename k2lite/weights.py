@@ -134,15 +134,21 @@ def load_trunk(
     which are converted on the way; norms and biases as float32. Several tensors are on their way at once, so that the
     drive is kept busy while others are copied and checked."""
     planned = quantized or {}
-    # a device's calls stay in one thread
-    with ThreadPoolExecutor(READERS if _in_ram(backend) else 1, "k2lite-trunk") as readers:
+    # a device's calls stay in one thread, conversions included; the processor's kernels run in this one
+    in_ram = _in_ram(backend)
+    with ThreadPoolExecutor(READERS if in_ram else 1, "k2lite-trunk") as readers:
         stored = {
             name: readers.submit(_load, checkpoint, backend, name, len(spec.shape))
             for name, spec in checkpoint.schema.trunk.items()
             if name not in planned
         }
         try:
-            return _assembled(config, stored, {name: _converted(planned[name], backend) for name in planned})
+            if in_ram:
+                converted = {name: _converted(matrix, backend) for name, matrix in planned.items()}
+            else:
+                waiting = {name: readers.submit(_converted, matrix, backend) for name, matrix in planned.items()}
+                converted = {name: future.result() for name, future in waiting.items()}
+            return _assembled(config, stored, converted)
         except BaseException:
             readers.shutdown(wait=False, cancel_futures=True)
             raise

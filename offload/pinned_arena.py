@@ -25,6 +25,8 @@ class PinnedArena(Arena):
         return memory if self._pages.hold(memory) else None
 
     def give_back(self, slot: int) -> bool:
+        if not self.is_used(slot):
+            return False
         self._pages.release(self.tensor(slot))
         return super().give_back(slot)
 

@@ -65,6 +65,10 @@ class Arena:
         self._used.add(slot)
         return self._bytes[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
+    def is_used(self, slot: int) -> bool:
+        """Whether it was ever asked for, and not given back since."""
+        return slot in self._used
+
     def give_back(self, slot: int) -> bool:
         """Return a slot's pages to the system, if it was ever filled: whether it was. Its bytes are lost, and come back
         as zeros when it is used again."""

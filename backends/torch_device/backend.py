@@ -71,6 +71,9 @@ class TorchDeviceBackend(Backend):
         """Of the device."""
         return self.runtime.memory()
 
+    def close(self) -> None:
+        self._pool.close()
+
     def alloc(self, nbytes: int) -> torch.Tensor:
         return self.runtime.empty(nbytes)
 

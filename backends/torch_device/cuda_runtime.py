@@ -15,7 +15,6 @@ from .module_runtime import ModuleRuntime
 
 # BF16 arithmetic and asynchronous copies into shared memory: Ampere. Triton's kernels need both.
 OLDEST = (8, 0)
-_ALREADY_REGISTERED = 712
 
 
 class CudaRuntime(ModuleRuntime):
@@ -26,7 +25,8 @@ class CudaRuntime(ModuleRuntime):
 
     def pin(self, memory: torch.Tensor) -> None:
         code = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-        if code not in (0, _ALREADY_REGISTERED):
+        # "already registered" (712) too: whoever did that may have locked other pages at the same address
+        if code:
             raise OSError(f"cudaHostRegister of {memory.nbytes} bytes failed with error {code} (see ulimit -l)")
 
     def unpin(self, memory: torch.Tensor) -> None:

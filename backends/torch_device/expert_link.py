@@ -58,6 +58,7 @@ class ExpertLink:
     def fetch(self, slots: DeviceSlots, slot: int, dst: torch.Tensor) -> DeviceEvent:
         """Begin to copy the first bytes of a slot, which have all arrived, back into locked pages of the host, `dst`
         uint8. The slot must stay as it is until the event."""
+        slots.after_readers(slot, self._down)  # so that the event below is behind them too
         self._runtime.copy(slots.memory(slot)[: dst.numel()], dst, self._down)
         event = self._down.record()
         slots.read_until(slot, event)

@@ -42,10 +42,14 @@ class DeviceSlots:
         """Whatever reads the slot now is over at `event`."""
         self._read_until[slot] = event
 
-    def claim(self, slot: int, stream: DeviceStream) -> torch.Tensor:
-        """The slot's bytes, for `stream` to write."""
+    def after_readers(self, slot: int, stream: DeviceStream) -> None:
+        """What `stream` does from now on begins when all that reads the slot now is over."""
         event = self._read_until[slot]
         if event is not None:
             stream.wait(event)
-            self._read_until[slot] = None
+
+    def claim(self, slot: int, stream: DeviceStream) -> torch.Tensor:
+        """The slot's bytes, for `stream` to write."""
+        self.after_readers(slot, stream)
+        self._read_until[slot] = None
         return self.memory(slot)

@@ -64,7 +64,8 @@ def execute(args: argparse.Namespace) -> int:
         backend=backend.name,
         arithmetic=arithmetic_name(backend, model.trunk_to),
         context=args.context,
-        packing=0 if checkpoint is None else packing_bytes(checkpoint, backend),
+        # on an accelerator experts are laid out on their way, which takes no room in RAM
+        packing=0 if checkpoint is None or machine.device_bytes else packing_bytes(checkpoint, backend),
         routing=routing,
     )
     facts = {"model": str(args.model), **facts}
