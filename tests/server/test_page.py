@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,15 @@ def open_page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
         assert not troubles
 
 
-def test_a_conversation_lights_up_the_experts(demo_server: tuple[str, Service], open_page: Any) -> None:
-    page = open_page(demo_server[0])
+@pytest.fixture
+def fresh_server(demo_engine: Engine) -> Iterator[str]:
+    """The address of a server that nobody has asked anything."""
+    with served(demo_engine) as (address, _):
+        yield address
+
+
+def test_a_conversation_lights_up_the_experts(fresh_server: str, open_page: Any) -> None:
+    page = open_page(fresh_server)
     lit = page.locator("#heat[data-lit]")
     sync_api.expect(lit).to_have_attribute("data-lit", "0")
     page.fill("#say", UNITS)
@@ -105,7 +113,14 @@ def test_a_phone_shows_both_halves(demo_server: tuple[str, Service], open_page: 
 
 
 def test_the_keyboard_alone_is_enough(random_engine: Engine, open_page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_engine, "stop_ids", frozenset())  # an answer that does not end by itself
+    monkeypatch.setattr(random_engine, "stop_ids", frozenset())  # an answer that does not end by itself, nor soon
+    real = Engine.step
+
+    def slowly(self: Engine, chunks: Any) -> Any:
+        time.sleep(0.05)
+        return real(self, chunks)
+
+    monkeypatch.setattr(Engine, "step", slowly)
     with served(random_engine) as (address, service):
         page = open_page(address)
         assert page.evaluate("document.activeElement.id") == "say"

@@ -168,7 +168,7 @@ def _round(watched: Watched, sequence: Any, logits: torch.Tensor, tokens: int) -
             logits = _step(watched.engine, sequence, logits)
             steps.append(time.perf_counter() - began)
     after = asdict(watched.cache.counters)
-    moved = {name: after[name] - before[name] for name in before if name != "prefetch"}
+    moved = {name: after[name] - before[name] for name in before if not isinstance(before[name], dict)}
     memory = watched.memory_rate()
     drive = watched.drive_rate(keys) if keys else 0.0
     missing = moved["read_bytes"] / tokens
