@@ -13,7 +13,7 @@ from .products import FEW_TOKENS
 from .stored import Stored
 
 PIECE = 128  # cached tokens of a program: from there on, more pieces cost more to merge than they give
-HEADS = 32
+HEADS = 16  # of a program: with 32, rotary halves spill registers
 SCRATCH_BYTES = 256 << 20  # sums of pieces; a prompt's tokens take turns in it
 STEP = 16
 

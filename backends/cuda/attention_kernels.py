@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import add_slice, prepared, prepared_place, product, rounded, row_start, scale_row, weight_tile
+from .codes import add_slice, prepared, prepared_place, product, remainder, rounded, row_start, scale_row, weight_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -65,7 +65,8 @@ def score_kernel(
     known = (h < H)[:, None]
     query = tl.load(q + row * R + r[None, :], mask=known & (r < R)[None, :], other=0.0)
     place = q_rope + token.to(tl.int64) * token_stride + h[:, None] * head_stride + p[None, :]
-    turned = rounded(tl.load(place, mask=known & (p < P)[None, :], other=0.0))
+    turned = tl.load(place, mask=known & (p < P)[None, :], other=0.0)
+    turned, turned_rest = rounded(turned), remainder(turned)
     top = tl.full((HEADS,), float("-inf"), tl.float32)
     weight = tl.zeros((HEADS,), tl.float32)
     total = tl.zeros((HEADS, WIDTH), tl.float32)
@@ -73,8 +74,12 @@ def score_kernel(
         n = begin + tl.arange(0, STEP)
         rows, there = cache + n.to(tl.int64)[:, None] * stride, (n < seen)[:, None]
         latent = rounded(tl.load(rows + r[None, :], mask=there & (r < R)[None, :], other=0.0))
-        rotary = rounded(tl.load(rows + R + p[None, :], mask=there & (p < P)[None, :], other=0.0))
+        # no norm bounds a rotary key, and a score's error is its chance's factor: 16 bits of both sides
+        rotary = tl.load(rows + R + p[None, :], mask=there & (p < P)[None, :], other=0.0)
+        rotary, rotary_rest = rounded(rotary), remainder(rotary)
         scores = product(query, tl.trans(latent), tl.zeros((HEADS, STEP), tl.float32))
+        scores = product(turned_rest, tl.trans(rotary), scores)
+        scores = product(turned, tl.trans(rotary_rest), scores)
         scores = product(turned, tl.trans(rotary), scores) * (scale * LOG2_E)
         scores = tl.where((n < seen)[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))

@@ -35,6 +35,12 @@ def rounded(x):
 
 
 @triton.jit
+def remainder(x):
+    """What `rounded` left of x, in BF16: both together hold 16 bits of it."""
+    return rounded(x - rounded(x).to(tl.float32))
+
+
+@triton.jit
 def computable(x):
     """BF16 in a type that this machine adds and multiplies."""
     if INTERPRETED:

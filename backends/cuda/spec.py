@@ -9,7 +9,7 @@ from k2lite.quant.formats import FORMAT_NAMES
 from ..base import Backend, Capabilities, Numerics
 from ..spec import BackendSpec, Probe, probe_package
 
-KERNEL_VERSION = 1
+KERNEL_VERSION = 2
 TRITON = "3.6.0"  # what the kernels were tested with; others may compile them otherwise
 
 # Activations are rounded to BF16 (2e-3 of a row), once more between the matrices of a block. Routers, norms, rotation
