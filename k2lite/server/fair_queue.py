@@ -28,6 +28,7 @@ class FairQueue:
             places -= self._limit // KEPT_FOR_OTHERS
         if len(self.jobs) >= places:
             return False
+        self._turns.setdefault(job.client, self._now)  # a new client comes behind who waits already
         self.jobs.append(job)
         return True
 

@@ -66,6 +66,12 @@ class PrefixCache:
                 self._store.forget(oldest)
             oldest.close()
 
+    def drop(self, sequence: Sequence) -> None:
+        """A request failed at it: nothing of it is kept that is not kept already."""
+        if self._store:
+            self._store.forget(sequence)
+        sequence.close()
+
     def close(self) -> None:
         if self._store:
             self._store.close()

@@ -45,6 +45,7 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._sizes: OrderedDict[Path, int] = OrderedDict()  # the most recently used last
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # to be written, by identity
+        self._writing: Sequence | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="k2lite-prefix-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="k2lite-prefix-write")
         self._complaint = ""
@@ -80,6 +81,8 @@ class PrefixStore:
         """Don't write it after all, its memory is wanted."""
         with self._lock:
             self._waiting.pop(id(sequence), None)
+            if self._writing is sequence:
+                self._writing = None
 
     def flush(self) -> None:
         """Wait until all that `save` was given is written."""
@@ -154,33 +157,39 @@ class PrefixStore:
 
     def _save_next(self) -> None:
         with self._lock:
-            sequence = next(iter(self._waiting.values()), None)
-            if sequence is None:
+            if not self._waiting:
                 return
-            cache = sequence.cache  # who closes a sequence says forget before
+            _, sequence = self._waiting.popitem(last=False)
+            self._writing, cache = sequence, sequence.cache  # who closes a sequence says forget before
         paths = self._paths(list(sequence.ids))
+        self._touch(paths)  # so that what it needs is not what goes first
         try:
             for at, path in enumerate(paths):
-                if id(sequence) not in self._waiting:
+                if self._writing is not sequence:
                     break
-                if path not in self._sizes:
-                    self._write(path, cache.read(at * BLOCK_TOKENS, (at + 1) * BLOCK_TOKENS))
+                if path in self._sizes:
+                    continue
+                if not self._write(path, cache.read(at * BLOCK_TOKENS, (at + 1) * BLOCK_TOKENS), paths):
+                    break
             self._complaint = ""
         except OSError as error:
             if error.strerror != self._complaint:  # once, not for every request
                 self._complaint = str(error.strerror)
                 log.warning("prefixes can't be stored: %s", error.strerror)
         finally:
-            self.forget(sequence)
+            with self._lock:
+                self._writing = None
         self._touch(paths)
 
-    def _write(self, path: Path, rows: torch.Tensor) -> None:
+    def _write(self, path: Path, rows: torch.Tensor, needed: list[Path]) -> bool:
+        """False where there is only room if a block in `needed` went."""
         payload = _bytes_of(rows.cpu().contiguous())
         size = _HEADER.size + len(payload)
-        if size > self.limit_bytes:
-            return
-        while self.total_bytes + size > self.limit_bytes and self._sizes:
-            self._remove(next(iter(self._sizes)))
+        while self.total_bytes + size > self.limit_bytes:
+            oldest = next(iter(self._sizes), None)
+            if oldest is None or oldest in needed:
+                return False
+            self._remove(oldest)
         # no fsync: a block that a crash tore is found by its checksum
         handle, name = tempfile.mkstemp(dir=self.folder, suffix=".new")
         try:
@@ -195,6 +204,7 @@ class PrefixStore:
         with self._lock:
             self._sizes[path] = size
             self.total_bytes += size
+        return True
 
 
 def _log_bug(done: Future[None]) -> None:
@@ -217,6 +227,7 @@ def arithmetic_identity(engine: Engine) -> bytes:
     digest = hashlib.sha256(f"{_VERSION} {torch.__version__} {engine.placement.arithmetic}".encode())
     folder = engine.config.source.parent
     digest.update(engine.config.source.read_bytes())
+    digest.update(f"{engine.config.latent_norm_eps}".encode())  # an option may say otherwise than the file
     for path in sorted(folder.glob("*.safetensors")):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())

@@ -289,7 +289,7 @@ class Scheduler:
 
     def _fail(self, active: _Active, error: Exception) -> None:
         self._active.remove(active)
-        active.sequence.close()
+        self.prefixes.drop(active.sequence)
         self._report(active.job, error)
 
     def _report(self, job: Job, error: Exception) -> None:

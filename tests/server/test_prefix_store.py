@@ -147,3 +147,30 @@ def test_a_server_that_is_started_again_knows_its_conversations(random_engine: E
         assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == expected
         answers.append(reply["choices"][0]["text"])
     assert answers[0] == answers[1]
+
+
+def test_a_conversation_keeps_its_own_beginning_where_room_ends(random_engine: Engine, tmp_path: Path) -> None:
+    keep(random_engine, tmp_path, PROMPT)
+    block = next(tmp_path.glob("*.kv")).stat().st_size
+    for path in tmp_path.glob("*.kv"):
+        path.unlink()
+    keep(random_engine, tmp_path, PROMPT, limit_bytes=2 * block)
+    assert PrefixStore(tmp_path, random_engine, limit_bytes=PLENTY).known(PROMPT) == 2 * BLOCK_TOKENS
+
+
+def test_a_sequence_that_fails_while_it_waits_does_not_stop_the_others(random_engine: Engine, tmp_path: Path) -> None:
+    store = PrefixStore(tmp_path, random_engine, limit_bytes=PLENTY)
+    cache = PrefixCache(random_engine, keep=4, store=store)
+    failed = prefilled(random_engine, [71, *PROMPT])
+    cache.give_back(failed)
+    cache.drop(failed)
+    cache.give_back(prefilled(random_engine, PROMPT))
+    cache.close()
+    assert store.known(PROMPT) == 3 * BLOCK_TOKENS
+
+
+def test_another_eps_is_another_arithmetic(random_engine: Engine, tmp_path: Path) -> None:
+    folder = random_engine.config.source.parent
+    keep(random_engine, tmp_path, PROMPT)
+    with k2lite.load(folder, context=2048, latent_norm_eps=1e-3) as engine:
+        assert PrefixStore(tmp_path, engine, limit_bytes=PLENTY).known(PROMPT) == 0
