@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ if not torch.cuda.is_available():
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"
 NEEDS_SHARED = "needs ../shared (golden vectors and configs), which is absent here"
+
+# a shell's background jobs ignore Ctrl-C, and so would the children that tests send it to
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,6 +6,7 @@ Judges validity only: whether the number is there, whether the call names the to
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,7 +76,7 @@ def _answer(engine: Engine, asked: str, tools: Sequence[Mapping[str, Any]] | Non
 
 def judge_number(answer: str) -> tuple[Judgement, str]:
     said = answer.partition(END)[2] if BEGIN in answer and END in answer else answer
-    found = RESULT in said.replace(",", "").replace(" ", "")
+    found = re.search(rf"(?<!\d){RESULT}(?!\d)", said.replace(",", ""))
     return ("right", f"holds {RESULT}") if found else ("wrong", f"no {RESULT} in it")
 
 

@@ -35,7 +35,7 @@ def identity(engine: Engine) -> dict[str, Any]:
         },
         "shards": [{"file": shard.path.name, "bytes": shard.nbytes} for shard in checkpoint.shards],
         "checksums": len(checkpoint.checksums),
-        "notes": list(checkpoint.notes),
+        "notes": [note.replace(f"{folder}/", "") for note in checkpoint.notes],
     }
 
 

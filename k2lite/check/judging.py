@@ -124,8 +124,14 @@ def _routing(facts: Mapping[str, Any]) -> Iterator[Verdict]:
         elif not _finite(row["reuse"]) or (active < n_experts and row["reuse"] < LEAST_REUSE * active / n_experts):
             problems.append(f"{at} chooses as if by chance: reuse {row['reuse']}, chance {active / n_experts:.3f}")
         sums = (row["least_weight_sum"], row["most_weight_sum"])
-        if config["norm_topk_prob"] and not all(abs(total - scale) <= WEIGHT_SUM_ERROR * scale for total in sums):
-            problems.append(f"{at}: weights sum to {sums[0]:.3f} to {sums[1]:.3f}, the config says {scale}")
+        if config["norm_topk_prob"] and not all(
+            _finite(total) and abs(total - scale) <= WEIGHT_SUM_ERROR * scale for total in sums
+        ):
+            low, high = (f"{total:.3f}" if _finite(total) else "no number" for total in sums)
+            problems.append(f"{at}: weights sum to {low} to {high}, the config says {scale}")
+    if problems:
+        yield Verdict("routing", "suspicious", "; ".join(problems))
+        return
     rows = routing["layers"]
     found = (
         f"{len(rows)} layers, entropy {min(row['entropy_bits'] for row in rows):.2f} to "
@@ -133,7 +139,7 @@ def _routing(facts: Mapping[str, Any]) -> Iterator[Verdict]:
         f"{max(row['busiest'] for row in rows):.0%} of the tokens, reuse {min(row['reuse'] for row in rows):.2f} to "
         f"{max(row['reuse'] for row in rows):.2f}"
     )
-    yield Verdict("routing", "suspicious" if problems else "ok", "; ".join(problems) or found)
+    yield Verdict("routing", "ok", found)
 
 
 def _experts(changed: Mapping[str, Mapping[str, float | None]]) -> Iterator[Verdict]:

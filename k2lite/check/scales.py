@@ -7,6 +7,7 @@ scales and codes belong together, and don't where a scale came from elsewhere. R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -31,7 +32,7 @@ def scale_agreement(checkpoint: Checkpoint) -> dict[str, dict[str, float | int]]
         for projection, pairs in _groups(checkpoint, layer).items():
             value = float(torch.corrcoef(pairs)[0, 1]) if pairs.shape[1] > 2 else float("nan")
             before = found.get(projection)
-            if before is None or not value <= before["correlation"]:
+            if before is None or (not math.isnan(before["correlation"]) and not value <= before["correlation"]):
                 found[projection] = {"correlation": value, "layer": layer, "groups": pairs.shape[1]}
     return found
 
