@@ -1,7 +1,7 @@
 """Numba's compiler as the kernels of this folder use it: without the GIL, kept on the disk, and not silent.
 
-A kernel is compiled the first time that it is called with new types, into numba's cache beside the source or the
-user's; where neither can be written it is compiled in every process. Knows no kernel.
+A kernel is compiled the first time that it is called with new types, and kept by kernel_cache.py for the sources of its
+own folder and of this one. Knows no kernel.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
+
+from .kernel_cache import kept_in, kernel_folder
 
 PATIENCE_S = 1.0
 _said = threading.Event()
@@ -38,10 +41,9 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def inner(function: Callable[..., Any]) -> Any:
     """A compiled function that kernels may call."""
-    try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder for the cache can be written
-        return numba.njit(nogil=True, error_model="numpy")(function)
+    sources = dict.fromkeys((Path(__file__).parent, Path(function.__code__.co_filename).parent))
+    with kept_in(kernel_folder("loops", *sources)) as kept:
+        return numba.njit(cache=kept, nogil=True, error_model="numpy")(function)
 
 
 class _SlowCompilation:

@@ -1,31 +1,22 @@
 """Kernels, compiled once a machine and kept on disk.
 
-A kernel is a C function of integers, called by address. Invariant: a file in the cache was made from exactly these
-sources, by this Numba, for this path and processor, because all of them name its folder. A folder that can't be
-written is done without, with a line on stderr. Knows no kernel's purpose.
+A kernel is a C function of integers, called by address. It is kept by quant/kernel_cache.py, in a folder for this
+path. Knows no kernel's purpose.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llvmlite
-import llvmlite.binding as llvm
 import numba
-from numba.core import config as _config
 
-from k2lite.quant.user_folders import user_cache_folder
+from k2lite.quant.kernel_cache import kept_in, kernel_folder
 
 from . import isa
 
-config: Any = _config  # its attributes come from the environment
 COMPLETE = "complete"  # the file that says: all kernels are there
 _registered: list[Kernel] = []
 
@@ -45,7 +36,7 @@ class Kernel:
     def compiled(self) -> Any:
         if self._compiled is None:
             isa.selected()
-            with _cache_in(cache_folder()) as cached:
+            with kept_in(cache_folder()) as cached:
                 make = numba.cfunc(self._signature, cache=cached, error_model="numpy")
                 self._compiled = make(self.function)
         return self._compiled
@@ -65,7 +56,7 @@ def kernel(arguments: int) -> Callable[[Callable[..., None]], Kernel]:
 def python_callable(signature: str, function: Callable[..., Any]) -> Any:
     """The same for a function that Python calls; it runs without the interpreter's lock."""
     isa.selected()
-    with _cache_in(cache_folder()) as cached:
+    with kept_in(cache_folder()) as cached:
         return numba.njit(signature, cache=cached, nogil=True, error_model="numpy")(function)
 
 
@@ -83,38 +74,6 @@ def compile_all() -> None:
             print(f"k2lite: {folder}: {error.strerror}; kernels will be compiled again", file=sys.stderr)
 
 
-@cache
 def cache_folder() -> Path | None:
-    """Where compiled kernels lie: under NUMBA_CACHE_DIR if it is set, else under the user's cache. None where nothing
-    can be written."""
-    base = Path(config.CACHE_DIR) if config.CACHE_DIR else user_cache_folder()
-    folder = base / f"kernels-{isa.selected()}-{_fingerprint()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        print(
-            f"k2lite: {folder}: {error.strerror}; compiling CPU kernels ({isa.selected()}), not kept", file=sys.stderr
-        )
-        return None
-    return folder
-
-
-def _fingerprint() -> str:
-    """Of all that decides the machine code: our sources, the compiler, the processor."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
-    digest.update(f"{config.CPU_NAME or llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _cache_in(folder: Path | None) -> Iterator[bool]:
-    """Numba looks up its cache's place while it decorates; outside, the user's setting stays untouched."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = "" if folder is None else str(folder)
-    try:
-        yield folder is not None
-    finally:
-        config.CACHE_DIR = before
+    """Where compiled kernels lie; None where nothing can be written."""
+    return kernel_folder(f"kernels-{isa.selected()}", Path(__file__).parent)
