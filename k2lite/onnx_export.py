@@ -18,12 +18,14 @@ import torch
 from .config import ModelConfig
 from .quant.checkpoint import Checkpoint, StoredModule
 from .quant.conversion import read_rows
+from .quant.durable_files import PARTIAL, replace_file
 from .quant.errors import CheckpointError, RequestError
 from .quant.formats import PACKED_INT
 from .quant.types import PROJECTIONS, ExpertKey, QuantTensor
 
 Weights = Literal["external", "inputs"]
 ALIGNMENT = 4096
+LAYER_DIGITS = 4  # of a layer's number
 TAKEN = tuple(name for name, (_, group) in PACKED_INT.items() if group)
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -88,20 +90,21 @@ def write_onnx(path: Path, layers: Sequence[LayerExport], hidden: int, weights: 
     made = model(
         [n for layer in layers for n in layer.nodes], [*inputs, *(wanted if weights == "inputs" else [])], outputs
     )
-    partial = data.with_name(f".{data.name}-{os.getpid()}")
+    partial = data.with_name(f".{data.name}{PARTIAL}-{os.getpid()}")
     try:
         if weights == "external":
             spans = _spans(wanted)
             _write_data(partial, layers, spans)
             made.graph.initializer.extend(_external(weight, data.name, *spans[weight.name]) for weight in wanted)
-            partial.replace(data)
+            partial.rename(data)
         graph = made.SerializeToString()
-        partial.write_bytes(graph)
-        partial.replace(path)
+        replace_file(path, [graph])
     except OSError as error:
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+        if not path.exists():  # weights without their graph would be in the next run's way
+            data.unlink(missing_ok=True)
     return len(graph) + (data.stat().st_size if weights == "external" else 0)
 
 
@@ -110,7 +113,7 @@ def parse_layers(text: str) -> list[int]:
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or max(len(first), len(last)) > LAYER_DIGITS:
             raise RequestError(f"--layers {text!r}: expected numbers as 1, 1,3 or 1-4")
         found |= set(range(int(first), int(last or first) + 1))
     if not found:

@@ -24,7 +24,7 @@ from .errors import CheckpointError, RequestError
 from .ggml_blocks import BLOCKS, GROUP, WRITTEN, ScaleCount, format_of_type, packed_as_blocks
 from .ggml_types import BY_NAME, GgmlType
 from .gguf_names import Heads, gguf_name, split_names, stack_name
-from .gguf_split import Part, SplitWriter, part_bytes, parts_of
+from .gguf_split import Part, SplitWriter, demand_places, part_bytes, parts_of
 from .gguf_writer import GgufTensorSpec
 from .plain import PLAIN_DTYPES
 from .quantizer import THREADS
@@ -157,9 +157,7 @@ def export(
 ) -> ExportProgress:
     """Write the files. Raises RequestError if one exists, CheckpointError naming file and tensor for what can't be
     read, written or held by the type."""
-    for path, *_ in parts:
-        if path.exists():
-            raise RequestError(f"{path}: exists already; name a new file")
+    demand_places(parts)
     path = parts[0][0]
     needed, free = sum(map(part_bytes, parts)), shutil.disk_usage(path.absolute().parent).free
     if needed > free:

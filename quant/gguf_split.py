@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,9 @@ import torch
 from .durable_files import PARTIAL
 from .errors import RequestError
 from .gguf_writer import GgufTensorSpec, GgufWriter, Int32, UInt16, head_bytes, padded
+
+# Beside the parts: the source's shards, and what Python and torch hold open.
+OTHER_FILES = 256
 
 Part = tuple[Path, Mapping[str, Any], Sequence[GgufTensorSpec]]
 
@@ -54,6 +58,23 @@ def part_bytes(part: Part) -> int:
     """Of a part's file."""
     _, metadata, tensors = part
     return len(head_bytes(metadata, tensors)) + sum(padded(spec.nbytes) for spec in tensors)
+
+
+def demand_places(parts: Sequence[Part]) -> None:
+    """Raise RequestError where a name is taken, or where more parts are wanted than may be open at once: each holds its
+    lock to the end."""
+    for path, *_ in parts:
+        if path.exists():
+            raise RequestError(f"{path}: exists already; name a new file")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(parts) + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise RequestError(
+            f"{len(parts)} parts are more files than a process may hold open here ({hard}): raise --split-max-size"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def remove_leftovers(path: Path) -> list[str]:

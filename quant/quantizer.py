@@ -37,12 +37,12 @@ from .shard_writer import ShardWriter, file_bytes
 from .shards import INDEX_NAME
 
 CONFIG_NAME = "config.json"
-# Blocks of 16 MiB that are read or worked on before they are written.
-READ_AHEAD_BLOCKS = 8
 # Bytes between two syncs, during which nothing is written: a few seconds of work, which a killed run does again.
 SYNC_BYTES = 1 << 30
 COPY_BYTES = 16 << 20
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Blocks of 16 MiB that are read or worked on before they are written: enough for every thread to have one.
+READ_AHEAD_BLOCKS = max(8, THREADS + 2)
 
 
 @dataclass

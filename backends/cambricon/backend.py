@@ -8,6 +8,7 @@ the vendor takes the groups. Which of them follows from the step's tokens alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -54,7 +55,8 @@ class CambriconBackend(TorchDeviceBackend):
         self._prefill = prefill
 
     def capabilities(self) -> Capabilities:
-        return CAPABILITIES
+        """The arithmetic names the way of prompts: another way gives other bits."""
+        return replace(CAPABILITIES, arithmetic=f"{CAPABILITIES.arithmetic}, prompts {self._prefill}")
 
     def upload_matrix(self, weight: QuantTensor) -> QuantTensor:
         return super().upload_matrix(signed(weight) if weight.format.name in PACKED_INT else weight)

@@ -86,7 +86,7 @@ class ComputeTeam:
                 thread = threading.Thread(target=helper, args=(self._state, member), daemon=True, name="k2lite-compute")
                 thread.start()
                 helpers.append(thread)
-        self._end = weakref.finalize(self, _end_helpers, helpers, self._fields, self._state, self._run)
+        self._end = weakref.finalize(self, _end_helpers, self._lock, helpers, self._fields, self._state, self._run)
 
     def __enter__(self) -> ComputeTeam:
         """Until the end of the block no other thread takes the team, and `room` is the caller's."""
@@ -147,11 +147,26 @@ def phase(kernel: Kernel, arguments: Sequence[int], tasks: int, *, alone: bool =
 
 
 def _end_helpers(
+    lock: threading.RLock,
+    helpers: list[threading.Thread],
+    fields: npt.NDArray[np.int64],
+    state: int,
+    run: Callable[[int, int, int, int], int],
+) -> None:
+    """End the helpers. Holds the shared state alive. At the interpreter's exit another thread may be in a job still: it
+    ends with the process, as its helpers do."""
+    if _forked or not helpers or not lock.acquire(timeout=PATIENCE_S):
+        return
+    try:
+        _stop(helpers, fields, state, run)
+    finally:
+        lock.release()
+
+
+def _stop(
     helpers: list[threading.Thread], fields: npt.NDArray[np.int64], state: int, run: Callable[[int, int, int, int], int]
 ) -> None:
-    """Open jobs without tasks until each helper has read in one that it is to stop. Holds the shared state alive."""
-    if _forked or not helpers:
-        return
+    """Open jobs without tasks until each helper has read in one that it is to stop."""
     fields[STOP // 8] = 1
     nothing = array("q", [0, 0, 0, 0])
     at, count = nothing.buffer_info()
@@ -161,6 +176,8 @@ def _end_helpers(
 
 
 MAX_THREADS = 1024
+# For a job that another thread has begun, when the interpreter ends.
+PATIENCE_S = 5.0
 
 
 def allowed_threads() -> int:

@@ -57,7 +57,7 @@ class Finish:
 class Failure:
     """The engine failed at this request, and at no other."""
 
-    error: Exception
+    error: BaseException
 
 
 News = Piece | Finish | Failure

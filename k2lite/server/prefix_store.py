@@ -15,6 +15,7 @@ import os
 import struct
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,11 +26,16 @@ import torch
 import xxhash
 
 from k2lite.engine import Engine, Sequence
+from k2lite.kv_cache import LatentCache
 from k2lite.quant.errors import RequestError
 
 BLOCK_TOKENS = 128
 _MAGIC, _VERSION = b"k2lite prefix\0\0\0", 1
 _HEADER = struct.Struct("<16sIIIIQ")  # magic, version, layers, tokens, values a token, xxh3-64 of the rest
+# For what is still to be written when the server ends.
+CLOSE_S = 5.0
+# A server that was killed leaves a file under a temporary name; one of this age is nobody's.
+ABANDONED_S = 600.0
 log = logging.getLogger("k2lite.server")
 
 
@@ -38,7 +44,12 @@ class PrefixStore:
     servers may share a folder; each server counts what it has seen."""
 
     def __init__(self, folder: Path, engine: Engine, *, limit_bytes: int) -> None:
-        """Raises RequestError where the folder can't be used."""
+        """Raises RequestError where the folder can't be used, or holds no block."""
+        block = _HEADER.size + LatentCache.nbytes_for(engine.config, BLOCK_TOKENS)
+        if limit_bytes < block:
+            raise RequestError(
+                f"--prefix-size is {limit_bytes} bytes, and {BLOCK_TOKENS} tokens of this model take {block}"
+            )
         self.folder, self.limit_bytes = folder, limit_bytes
         self.total_bytes = 0
         self._root = arithmetic_identity(engine)
@@ -49,12 +60,8 @@ class PrefixStore:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="k2lite-prefix-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="k2lite-prefix-write")
         self._complaint = ""
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            tempfile.TemporaryFile(dir=folder).close()
-            self._look_around()
-        except OSError as error:
-            raise RequestError(f"{folder}: can't keep prefixes here: {error.strerror}; see --prefix-dir") from error
+        demand_folder(folder)
+        self._look_around()
 
     def known(self, ids: list[int]) -> int:
         """Tokens of the longest beginning of `ids` that is stored: a multiple of BLOCK_TOKENS."""
@@ -88,8 +95,15 @@ class PrefixStore:
         """Wait until all that `save` was given is written."""
         self._writer.submit(lambda: None).result()
 
-    def close(self) -> None:
-        """Write what waits, end the threads."""
+    def close(self, patience_s: float = CLOSE_S) -> None:
+        """Write what waits, for a while, and end the threads."""
+        try:
+            self._writer.submit(lambda: None).result(patience_s)
+        except TimeoutError:
+            with self._lock:
+                left, self._writing = len(self._waiting) + (self._writing is not None), None
+                self._waiting.clear()
+            log.warning("%d conversations were not stored whole: the drive took too long", left)
         self._writer.shutdown()
         self._reader.shutdown()
 
@@ -103,6 +117,10 @@ class PrefixStore:
         return paths
 
     def _look_around(self) -> None:
+        for left in self.folder.glob("*.new"):
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    left.unlink()
         found = []
         for path in self.folder.glob("*.kv"):
             with contextlib.suppress(FileNotFoundError):  # another server's, which removed it
@@ -205,6 +223,15 @@ class PrefixStore:
             self._sizes[path] = size
             self.total_bytes += size
         return True
+
+
+def demand_folder(folder: Path) -> None:
+    """Make it, if need be. Raises RequestError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise RequestError(f"{folder}: can't keep prefixes here: {error.strerror}; see --prefix-dir") from error
 
 
 def _log_bug(done: Future[None]) -> None:

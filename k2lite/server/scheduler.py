@@ -115,6 +115,18 @@ class Scheduler:
         return self._thread.is_alive() and not self._closing
 
     def _run(self) -> None:
+        """Until `close`. If this thread fails, nobody is left waiting, and `submit` takes nothing more."""
+        try:
+            self._work()
+        except BaseException as error:
+            with self._news:
+                self._closing = True
+                jobs = [*self._waiting.jobs, *(active.job for active in self._active)]
+            for job in jobs:
+                self._report(job, error)
+            raise
+
+    def _work(self) -> None:
         while True:
             with self._news:
                 while self._nothing_to_do():
@@ -146,7 +158,7 @@ class Scheduler:
                 self._known(active)
 
     def _drop_cancelled(self) -> None:
-        gone = [active for active in self._active if active.job.cancelled and active.arriving is None]
+        gone = [a for a in self._active if (a.job.cancelled or self._closing) and a.arriving is None]
         for active in gone:
             self._retire(active)
         self.totals.cancelled += len(gone) + self._waiting.drop_cancelled()
@@ -158,7 +170,7 @@ class Scheduler:
 
     def _admit(self, job: Job) -> None:
         ids = job.request.ids
-        sequence, arriving = self.prefixes.take(ids, lambda: job.cancelled)
+        sequence, arriving = self.prefixes.take(ids, lambda: job.cancelled or self._closing)
         job.usage.prompt_tokens = len(ids)
         self.totals.prompt_tokens += len(ids)
         active = _Active(job, sequence, [], arriving=arriving)
@@ -292,7 +304,7 @@ class Scheduler:
         self.prefixes.drop(active.sequence)
         self._report(active.job, error)
 
-    def _report(self, job: Job, error: Exception) -> None:
+    def _report(self, job: Job, error: BaseException) -> None:
         self.totals.failed += 1
         # the text of an error of ours holds no prompt; others may
         if isinstance(error, K2LiteError):

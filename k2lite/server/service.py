@@ -158,6 +158,8 @@ class Service:
         ApiError 429 where the queue is full."""
         answer = Answer(request, client)
         if not self.scheduler.submit(answer.job):
+            if not self.scheduler.alive:
+                raise broken()
             waiting = self.scheduler.waiting + self.scheduler.running
             raise busy(f"{waiting} requests are in progress or waiting; try again", 1 + waiting)
         try:

@@ -47,7 +47,7 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.loading import open_model
     from k2lite.progress import ProgressLine
     from k2lite.quant.gguf_export import export, plan_export
-    from k2lite.quant.gguf_split import part_bytes, remove_leftovers
+    from k2lite.quant.gguf_split import demand_places, part_bytes, remove_leftovers
 
     most_bytes = _check(args)
     config, checkpoint = open_model(args.source)
@@ -57,6 +57,7 @@ def execute(args: argparse.Namespace) -> int:
     parts = plan.parts(args.destination, metadata, most_bytes)
     notes += [f"left out: {len(names)} x {reason}" for reason, names in checkpoint.ignored.items()]
     print(as_text(args.source, plan, [part_bytes(part) for part in parts], notes), file=sys.stderr)
+    demand_places(parts)  # before anything is removed: an earlier run may have been cut off while it gave names
     for left in remove_leftovers(args.destination):
         print(f"k2lite export: removed what a run that was cut off has left: {left}", file=sys.stderr)
     line = ProgressLine(sum(stack.source_nbytes for stack in plan.stacks))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from .model_options import add_model_arguments, load_engine
 
+PREFIX_SIZE = "16GiB"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the user's cache folder)",
     )
     parser.add_argument(
-        "--prefix-size", default="16GiB", metavar="SIZE", help="how much of the drive they take (default: %(default)s)"
+        "--prefix-size", metavar="SIZE", help=f"how much of the drive they take (default: {PREFIX_SIZE})"
     )
 
 
@@ -56,19 +58,26 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.quant.user_folders import user_cache_folder
     from k2lite.server.app import Server
     from k2lite.server.listening import listen, run
-    from k2lite.server.prefix_store import PrefixStore
+    from k2lite.server.prefix_store import PrefixStore, demand_folder
     from k2lite.server.service import Limits, Service
 
-    prefix_bytes = parse_bytes(args.prefix_size)
+    if args.prefix_dir == "none":
+        if args.prefix_size is not None:
+            raise RequestError("--prefix-size has no effect with --prefix-dir none")
+        folder = None
+    else:
+        folder = Path(args.prefix_dir) if args.prefix_dir else user_cache_folder() / "prefixes"
+        demand_folder(folder)
+    prefix_size = args.prefix_size or PREFIX_SIZE
+    prefix_bytes = parse_bytes(prefix_size)
     limits = Limits(slots=args.slots, queue=args.queue)
     with listen(args.host, args.port) as socket:  # a port that is taken is said before anything loads
         engine = load_engine(args, sequences=limits.slots + limits.kept_prefixes)
         name = args.served_model_name or (args.model.resolve().name if args.model else "k2lite-demo")
         store = None
-        if args.prefix_dir != "none":
-            folder = Path(args.prefix_dir) if args.prefix_dir else user_cache_folder() / "prefixes"
+        if folder is not None:
             store = PrefixStore(folder, engine, limit_bytes=prefix_bytes)
-            print(f"k2lite: prefixes are kept in {folder}, up to {args.prefix_size}", file=sys.stderr)
+            print(f"k2lite: prefixes are kept in {folder}, up to {prefix_size}", file=sys.stderr)
         service = Service(engine, name=name, limits=limits, store=store)
         port = socket.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host

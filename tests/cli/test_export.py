@@ -46,6 +46,17 @@ def test_parts_and_leftovers(k2: Run, tmp_path: Path) -> None:
     assert back.returncode == 0, back.stderr
 
 
+def test_a_name_that_is_taken_is_said_before_anything_is_removed(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was cut off while it gave its parts their names has left hours of work under the others'."""
+    (tmp_path / "m.gguf").write_bytes(b"named")
+    (tmp_path / "m-00001-of-00002.gguf.partial").write_bytes(b"whole")
+    assert main(["export", str(demo), str(tmp_path / "m.gguf"), "--type", "q8_0"]) == 2
+    assert "m.gguf: exists already" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_mistakes_are_one_line(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF")
     for arguments, message in (

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from k2lite import onnx_export
 from k2lite.cli import main
 from k2lite.errors import RequestError
 from k2lite.onnx_export import parse_layers
@@ -118,6 +119,7 @@ def test_mistakes_are_one_line(tmp_path: Path, demo: Path, capsys: pytest.Captur
     for arguments, message in (
         ((model, out), "--layers is needed"),
         ((model, out, "--layers", "1", "--type", "q8_0"), "--type has no effect on an ONNX file"),
+        ((model, out, "--layers", "1", "--split-max-size", "1GB"), "--split-max-size has no effect on an ONNX file"),
         ((model, out, "--layers", "x"), "expected numbers as 1, 1,3 or 1-4"),
         ((model, out, "--layers", "9"), "9 is none of the"),
         ((model, str(tmp_path / "there.onnx"), "--layers", "1"), "exists already"),
@@ -133,8 +135,19 @@ def test_mistakes_are_one_line(tmp_path: Path, demo: Path, capsys: pytest.Captur
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grouped", "model", "there.onnx"]
 
 
+def test_weights_without_their_graph_are_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "model")
+
+    def full(*_: object) -> None:
+        raise RequestError("graph: can't be written: No space left on device")
+
+    monkeypatch.setattr(onnx_export, "replace_file", full)
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out.onnx"), "--layers", "1"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_layers_are_read_as_said() -> None:
     assert parse_layers("3,1-2,2") == [1, 2, 3]
-    for text in ("", "1-", "-2", "1..3", "5-4"):
+    for text in ("", "1-", "-2", "1..3", "5-4", "²", "0-99999999999"):
         with pytest.raises(RequestError, match="--layers"):
             parse_layers(text)

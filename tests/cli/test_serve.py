@@ -33,6 +33,8 @@ def test_it_answers_until_ctrl_c(demo: Path) -> None:
         (["--port", "70000"], "--port is 70000"),
         (["--slots", "0"], "--slots must be 1 or more"),
         (["--api-key-file", "nowhere"], "nowhere: can't be read"),
+        (["--prefix-dir", "none", "--prefix-size", "1GiB"], "--prefix-size has no effect"),
+        (["--prefix-dir", "/proc/none"], "can't keep prefixes here"),
     ],
 )
 def test_a_mistake_is_one_line(k2: Run, arguments: list[str], said: str) -> None:

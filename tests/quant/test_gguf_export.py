@@ -227,6 +227,20 @@ def test_a_full_disk_in_a_late_part_leaves_nothing(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_more_parts_than_files_may_be_open_are_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(gguf_split.resource, "getrlimit", lambda _: (300, 1000))
+    monkeypatch.setattr(gguf_split.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    parts = [(tmp_path / f"{number}.gguf", {}, []) for number in range(700)]
+    gguf_split.demand_places(parts[:40])
+    assert asked == []
+    gguf_split.demand_places(parts[:400])
+    assert asked == [(400 + gguf_split.OTHER_FILES, 1000)]
+    assert (tmp_path / "1.gguf").exists() is False
+    with pytest.raises(RequestError, match=r"800 parts are more files .* \(1000\): raise --split-max-size"):
+        gguf_split.demand_places([*parts, *((tmp_path / f"x{number}", {}, []) for number in range(100))])
+
+
 def test_what_a_killed_run_left_is_removed_unless_it_is_being_written(tmp_path: Path) -> None:
     kept = [tmp_path / name for name in ("out-2.gguf.partial", "other.gguf.partial", "out.gguf")]
     left = [tmp_path / name for name in ("out.gguf.partial", "out-00001-of-00004.gguf.partial")]

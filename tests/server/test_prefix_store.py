@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 import k2lite
 from k2lite.demo_checkpoint import write_random_demo
 from k2lite.engine import Engine, Sequence
+from k2lite.errors import RequestError
 from k2lite.server.prefix_cache import PrefixCache
 from k2lite.server.prefix_store import BLOCK_TOKENS, PrefixStore
 from tests.server.conftest import served
@@ -174,3 +176,42 @@ def test_another_eps_is_another_arithmetic(random_engine: Engine, tmp_path: Path
     keep(random_engine, tmp_path, PROMPT)
     with k2lite.load(folder, context=2048, latent_norm_eps=1e-3) as engine:
         assert PrefixStore(tmp_path, engine, limit_bytes=PLENTY).known(PROMPT) == 0
+
+
+def test_a_size_that_holds_no_block_is_refused(random_engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--prefix-size is 1000 bytes, and 128 tokens of this model take"):
+        PrefixStore(tmp_path, random_engine, limit_bytes=1000)
+
+
+def test_a_drive_that_hangs_does_not_keep_the_server(
+    random_engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = PrefixStore(tmp_path, random_engine, limit_bytes=PLENTY)
+    begun, go_on = threading.Event(), threading.Event()
+    real = os.replace
+
+    def slow(source: str, target: str) -> None:
+        begun.set()
+        go_on.wait()
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", slow)
+    store.save(prefilled(random_engine, PROMPT))
+    store.save(prefilled(random_engine, [70, *PROMPT]))
+    begun.wait()
+    threading.Timer(0.2, go_on.set).start()
+    store.close(patience_s=0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 conversations were not stored whole: the drive took too long"
+    ]
+    assert len(list(tmp_path.glob("*.kv"))) == 1
+
+
+def test_what_a_killed_server_left_goes(random_engine: Engine, tmp_path: Path) -> None:
+    old, new = tmp_path / "a.new", tmp_path / "b.new"
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    PrefixStore(tmp_path, random_engine, limit_bytes=PLENTY)
+    assert not old.exists()
+    assert new.exists()  # another server may be writing it

@@ -97,6 +97,19 @@ def test_a_request_the_engine_fails_at_fails_alone(random_engine: Engine, monkey
         assert httpx.post(url, json={"prompt": [70], "max_tokens": 2}, timeout=60).status_code == 200
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_scheduler_that_fails_keeps_nobody_waiting(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with served(random_engine) as (address, service):
+        url = f"{address}/v1/completions"
+        monkeypatch.setattr(service.scheduler, "_drop_cancelled", fail)
+        for _ in range(2):  # one that waits when it happens, and one that comes later
+            assert httpx.post(url, json={"prompt": [66], "max_tokens": 2}, timeout=60).status_code == 500
+        assert httpx.get(f"{address}/ready").status_code == 503
+
+
 def test_a_key_is_wanted_where_there_is_one(random_engine: Engine) -> None:
     with served(random_engine, key="sesame") as (address, _):
         for key, status in (("sesame", 200), ("Sesame", 401), ("", 401), ("sesame2", 401)):
