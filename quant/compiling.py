@@ -43,7 +43,10 @@ def inner(function: Callable[..., Any]) -> Any:
     """A compiled function that kernels may call."""
     sources = dict.fromkeys((Path(__file__).parent, Path(function.__code__.co_filename).parent))
     with kept_in(kernel_folder("loops", *sources)) as kept:
-        return numba.njit(cache=kept, nogil=True, error_model="numpy")(function)
+        try:
+            return numba.njit(cache=kept, nogil=True, error_model="numpy")(function)
+        except RuntimeError:  # Numba finds no file of the source: it lies in an archive
+            return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 class _SlowCompilation:

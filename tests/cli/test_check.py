@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from k2lite.check import report
+import k2lite
+from k2lite.check import report, scales
 from k2lite.check.answers import judge_call, judge_number
+from k2lite.check.identity import identity
 from k2lite.check.judging import judge
 from k2lite.check.reading import TEXTS, text
 from k2lite.check.scales import scale_agreement
@@ -22,6 +25,8 @@ from k2lite.cli import main
 from k2lite.demo_checkpoint import DEMO_CONFIG, write_random_demo, write_random_model
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.loading import open_model
+from k2lite.prediction import engine_cache
+from k2lite.quant.checkpoint import Checkpoint
 from k2lite.speed_model import Bandwidths
 
 Capture = pytest.CaptureFixture[str]
@@ -230,6 +235,7 @@ def test_a_good_report_is_ok_throughout() -> None:
         (with_value(9, "routing", "layers", 0, "distinct"), "layer 1 is dead: it uses 9 of 384 experts"),
         (with_value(0.02, "routing", "layers", 0, "reuse"), "layer 1 chooses as if by chance"),
         (with_value(1.0, "routing", "layers", 0, "least_weight_sum"), "weights sum to 1.000 to 2.828"),
+        (with_value(None, "routing", "layers", 0, "least_weight_sum"), "weights sum to no number to 2.828"),
         (with_value(0.1, "routing_changed", "without_experts", "change"), "without any the loss is +0.100 nats"),
         (
             with_value(0.1, "routing_changed", "other_experts", "change"),
@@ -294,8 +300,38 @@ def test_a_call_is_judged_by_its_schema(answer: str, expected: str) -> None:
         ("It is 1,200 cm.", "right"),
         ("<think>1200?</think>12", "wrong"),
         ("120", "wrong"),
+        ("12 meters are 12,000 centimeters", "wrong"),
+        ("11200", "wrong"),
     ],
 )
 def test_a_number_is_looked_for_in_what_is_said(answer: str, expected: str) -> None:
     assert judge_number(answer)[0] == expected
-    assert math.isfinite(len(judge_number(answer)[1]))
+
+
+def test_a_layer_of_equal_scales_is_not_forgotten_for_a_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint = open_model(DEMO_FOLDER)
+    first, real = checkpoint.schema.expert_layers[0], scales._groups
+
+    def groups(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+        found = real(checkpoint, layer)
+        if layer == first:
+            found["up_proj"][0] = 1.0
+        return found
+
+    monkeypatch.setattr(scales, "_groups", groups)
+    found = scale_agreement(checkpoint)
+    assert found["up_proj"]["layer"] == first
+    assert math.isnan(found["up_proj"]["correlation"])
+    assert -1 <= found["gate_proj"]["correlation"] < -0.5
+
+
+def test_a_report_names_no_path(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_random_demo(folder)
+    shard = next(folder.glob("*.safetensors"))
+    shutil.copy(shard, folder / "model-other.safetensors")
+    with k2lite.load(folder, context=64) as engine:
+        assert engine_cache(engine).store.checkpoint.notes
+        described = json.dumps(identity(engine))
+    assert "model-other.safetensors: not read" in described
+    assert str(tmp_path) not in described

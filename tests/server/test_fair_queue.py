@@ -45,6 +45,19 @@ def test_a_late_client_waits_for_one_turn_only() -> None:
     assert queue.take(1, ["A", "A", "A"])[0].client == "B"
 
 
+def test_new_clients_do_not_pass_who_waits() -> None:
+    """On one machine a client is made by naming another key."""
+    queue = FairQueue(1000)
+    queue.add(job("A"), 0)
+    queue.add(job("A"), 0)
+    assert queue.take(1, [])[0].client == "A"
+    served = []
+    for number in range(5):
+        queue.add(job(f"new {number}"), 0)
+        served += [taken.client for taken in queue.take(1, [])]
+    assert served[0] == "A"
+
+
 def test_places_are_kept_for_others_and_the_limit_holds() -> None:
     queue = FairQueue(8)
     assert [queue.add(job("A"), 0) for _ in range(8)] == [True] * 6 + [False] * 2

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import k2lite
+from k2lite.backends.cpu import compute_team
 from k2lite.backends.cpu.backend import CpuBackend
 from k2lite.backends.cpu.cgroup_quota import cgroup_processors
 from k2lite.backends.cpu.compute_team import ComputeTeam, allowed_threads
@@ -145,6 +146,32 @@ def test_a_closed_team_has_no_helpers_left() -> None:
 
 def compute_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "k2lite-compute"]
+
+
+def test_a_team_ends_under_its_lock_and_gives_up_on_who_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the interpreter's exit a thread may be in a job: two that drive one team would hang."""
+    monkeypatch.setattr(compute_team, "PATIENCE_S", 0.05)
+    gc.collect()
+    before = len(compute_threads())
+    team, taken, go_on = ComputeTeam(3), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with team:
+            taken.set()
+            go_on.wait()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    taken.wait()
+    end = team._end.detach()
+    assert end is not None
+    _, function, arguments, _ = end
+    function(*arguments)
+    assert len(compute_threads()) == before + 2
+    go_on.set()
+    worker.join()
+    function(*arguments)
+    assert len(compute_threads()) == before
 
 
 def test_a_dropped_team_has_no_helpers_left() -> None:
