@@ -1,4 +1,4 @@
-"""The house's own rules: links, guards, packages, import direction, device names, file sizes, the README's tree."""
+"""The house's own rules: links, guards, packages, import direction, device names, file sizes, generated docs."""
 
 from __future__ import annotations
 
@@ -166,11 +166,18 @@ def test_files_are_small_named_for_what_they_hold_and_explain_themselves() -> No
 
 
 def test_generated_parts_of_the_docs_are_up_to_date() -> None:
-    """The tree and the help in the README come from the code."""
+    """docs/structure.md and docs/commands.md come from the code."""
     result = subprocess.run(
         [sys.executable, "tools/generate_docs.py", "--check"], cwd=REPO, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [REPO / "README.md", *REPO.glob("docs/*.md"), *REPO.glob("backends/*/README.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["info", "--help"]])

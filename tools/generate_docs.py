@@ -1,6 +1,6 @@
-"""Fills the generated parts of README.md: the tree, from the files' docstrings, and the help, from the parser.
+"""Writes docs/structure.md, from the files' docstrings, and docs/commands.md, from the parser.
 
-`--check` changes nothing and exits with 1 if a part is out of date.
+`--check` changes nothing and exits with 1 if one is out of date.
 """
 
 from __future__ import annotations
@@ -15,39 +15,42 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-README = REPO / "README.md"
+DOCS = REPO / "docs"
 FOLDERS = ("k2lite", "offload", "backends", "quant", "tools", "tests")
 HELP_COLUMNS = "100"
+MADE_BY = "Made by `python tools/generate_docs.py`; a test holds it to the code."
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
-    before = README.read_text(encoding="utf-8")
-    after = before
-    parts = {"tree": tree}
+    pages = {"structure.md": structure}
     # argparse prints options in another way from Python 3.13 on
     if not check or sys.version_info < (3, 13):
-        parts["help"] = command_help
-    for name, text in ((name, make()) for name, make in parts.items()):
-        after = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
-            lambda match, text=text: f"{match[1]}```\n{text}```\n{match[2]}",  # type: ignore[misc]
-            after,
-            flags=re.DOTALL,
-        )
-    if check:
-        if before != after:
-            print("README.md is out of date: run python tools/generate_docs.py")
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+        pages["commands.md"] = commands
+    outdated = []
+    for name, make in pages.items():
+        page, text = DOCS / name, make()
+        if check and (not page.is_file() or page.read_text(encoding="utf-8") != text):
+            outdated.append(name)
+        elif not check:
+            page.write_text(text, encoding="utf-8")
+    for name in outdated:
+        print(f"docs/{name} is out of date: run python tools/generate_docs.py")
+    return int(bool(outdated))
 
 
-def tree() -> str:
-    """Every folder and Python file with the first sentence of its docstring."""
-    return "".join(line + "\n" for folder in FOLDERS for line in _lines(REPO / folder, 0))
+def structure() -> str:
+    """The page of the tree: every folder and Python file with the first sentence of its docstring."""
+    parts = [
+        "# Structure\n\nEvery folder and file with the first sentence that it says of itself. A folder imports only"
+        f"\nwhat comes after it: k2lite, offload, backends, quant.\n\n{MADE_BY}\n"
+    ]
+    for folder in FOLDERS:
+        lines = "".join(line + "\n" for line in _lines(REPO / folder, 0))
+        parts.append(f"\n## {folder}\n\n```\n{lines}```\n")
+    return "".join(parts)
 
 
 def _lines(folder: Path, level: int) -> Iterator[str]:
@@ -71,13 +74,14 @@ def _entry(name: str, documented: Path, level: int) -> str:
     return f"{'  ' * level + name:<34} {sentence}".rstrip()
 
 
-def command_help() -> str:
-    """What `k2lite --help` and each verb's --help print."""
+def commands() -> str:
+    """The page of all commands: what `k2lite --help` and each verb's --help print."""
     sys.path.insert(0, str(REPO))
     from k2lite.cli import VERBS
 
-    verbs = [module.__name__.rpartition(".")[2] for module in VERBS]
-    return "\n".join(_help_of(arguments) for arguments in ([], *([verb] for verb in verbs)))
+    verbs = [[], *([module.__name__.rpartition(".")[2]] for module in VERBS)]
+    parts = [f"\n## {' '.join(['k2lite', *verb])}\n\n```\n{_help_of(verb)}```\n" for verb in verbs]
+    return f"# Commands\n\n{MADE_BY}\n" + "".join(parts)
 
 
 def _help_of(arguments: list[str]) -> str:
