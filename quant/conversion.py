@@ -109,6 +109,18 @@ def read_first_rows(matrix: Matrix, method: Method) -> Block:
     return Block(matrix, rows, method, method.quantizer(matrix))
 
 
+def blank_block(matrix: Matrix, method: Method) -> Block:
+    """The fewest rows of zeros in the source's format: converting them has the compiled loops loaded."""
+    source = matrix.source_format
+    shape = (row_spans(matrix.source, 1)[0][1], *matrix.source.shape[1:])
+    parts = {
+        suffix: torch.zeros(size, dtype=dtype)
+        for suffix, (dtype, size) in source.parts(shape).items()
+        if suffix != WEIGHT_SHAPE
+    }
+    return Block(matrix, QuantTensor(source, shape, parts), method, method.quantizer(matrix))
+
+
 def convert_block(block: Block) -> ConvertedBlock:
     """The work of one thread. Raises CheckpointError naming file and module."""
     matrix, rows = block.matrix, block.rows

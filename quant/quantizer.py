@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from .checksums import MANIFEST_NAME, MANIFEST_VERSION, UNVERIFIED
-from .conversion import Block, ConvertedBlock, Damage, block_reads, convert_block, converted
+from .conversion import Block, ConvertedBlock, Damage, blank_block, block_reads, convert_block, converted
 from .direct_reading import read_direct
 from .durable_files import PARTIAL, write_whole
 from .errors import CheckpointError, RequestError
@@ -112,6 +112,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
             journal.begin(job.identity)
         else:
             demand_same(first, job.identity, job.destination)
+        _load_kernels(job, workers)
         run = _Run(job, journal, lines, report, workers)
         for number, shard in enumerate(job.plan.shards):
             _write_shard(run, number, shard)
@@ -147,6 +148,13 @@ def _demand_space(job: Job) -> None:
             f"{job.destination}: the new folder takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
             "make room or name a folder on another disk"
         )
+
+
+def _load_kernels(job: Job, workers: ThreadPoolExecutor) -> None:
+    """Have a thread do what takes half a second while the first bytes are read, which are often kept as they are."""
+    first = next((matrix for matrix in job.plan.matrices if not matrix.is_kept), None)
+    if first is not None and job.hessians is None:  # which would have it make a factor for nothing
+        workers.submit(convert_block, blank_block(first, job.method))
 
 
 def _write_shard(run: _Run, number: int, shard: OutputShard) -> None:
