@@ -1,5 +1,7 @@
-"""Has a pool of threads work on the items of an iterator a few ahead, each reading what it works on: several reads keep
-a drive busy, and while some threads wait for it others compute."""
+"""Works on the items of an iterator a few ahead, in a pool of threads.
+
+Each thread reads what it works on: several reads keep a drive busy, and while some threads wait for it others compute.
+"""
 
 from __future__ import annotations
 
