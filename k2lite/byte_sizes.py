@@ -1,4 +1,5 @@
-"""Sizes of memory as a user writes them: 96GiB, 20GB, 512MiB, 1073741824. Decimal units are powers of 1000."""
+"""Sizes of memory as a user writes them: 96GiB, 20GB, 512MiB, 1073741824. Decimal units are powers of 1000. And as a
+person reads them."""
 
 from __future__ import annotations
 
@@ -21,3 +22,10 @@ def parse_bytes(text: str | int) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise RequestError(f"{text!r} is no size; write it as 96GiB, 20GB or 512MiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def gib(nbytes: int) -> str:
+    """Bytes as a person reads them: GiB, below one MiB, below that KiB."""
+    if nbytes >= 2**30:
+        return f"{nbytes / 2**30:.2f} GiB"
+    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"

@@ -24,8 +24,8 @@ from k2lite.quant.quantization_plan import QuantizationPlan
 from k2lite.quant.quantizer import READ_AHEAD_BLOCKS
 from k2lite.quant.types import ExpertKey
 
+from .byte_sizes import gib
 from .config import ModelConfig
-from .placement import gib
 from .recording import Recorder
 
 # float64 matrices that live at once while one Hessian is made and inverted, the layer's own among them; measured: 5.6.

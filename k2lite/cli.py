@@ -7,6 +7,8 @@ it runs. stdout is the answer, stderr everything else.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import io
 import os
 import sys
@@ -80,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    atexit.register(gc.freeze)  # or Python would look through all that torch has made, half a second, before it ends
     _prepare_streams()
     args = build_parser().parse_args(argv)
     try:

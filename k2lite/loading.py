@@ -20,15 +20,13 @@ from k2lite.offload.policies import DEFAULT_POLICY, make_policy
 from k2lite.offload.slots import Arena
 from k2lite.offload.source import ExpertSource
 from k2lite.offload.store import ExpertStore
-from k2lite.quant.checkpoint import Checkpoint
-from k2lite.quant.errors import CheckpointError, RequestError, TokenizerError
-from k2lite.quant.quantization_config import parse_quantization_config
+from k2lite.quant.errors import RequestError, TokenizerError
 from k2lite.quant.quantization_plan import plan_trunk
 from k2lite.quant.recipe import KEEP
 
 from .accelerated_experts import device_arena, device_experts
 from .byte_sizes import parse_bytes
-from .config import ModelConfig, read_config
+from .config import ModelConfig
 from .device_placement import Accelerator, plan_with_accelerator
 from .engine import Engine
 from .expert_work import BesideTrunk, ExpertPlaces
@@ -37,24 +35,14 @@ from .hot_experts import HotExperts
 from .learned_routing import recall_file
 from .memory_guard import MemoryGuard
 from .model import Model
+from .model_folder import open_model as open_model
 from .placement import ExpertsOn, Placement, plan_placement
 from .recording import Recorder, RecordingBackend, RecordingSource
 from .text.tokenizer import load_tokenizer
-from .weights import checkpoint_schema, load_trunk, trunk_matrices
+from .weights import load_trunk, trunk_matrices
 
 # Guesses of the next layer's experts that are read ahead at most; the ranks behind are wrong too often.
 PREFETCH_WIDTH = 6
-
-
-def open_model(folder: Path, *, latent_norm_eps: float | None = None) -> tuple[ModelConfig, Checkpoint]:
-    """Read config.json and every shard's header, but no weights. The checkpoint's `problems` are not yet errors."""
-    if folder.suffix == ".gguf" and folder.is_file():
-        raise CheckpointError(f"{folder}: a GGUF file; k2lite quantize {folder} DST makes a folder of it that runs")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; a model is a folder with config.json and .safetensors files")
-    config = read_config(folder, latent_norm_eps=latent_norm_eps)
-    quantization = parse_quantization_config(config.quantization_config, config.source)
-    return config, Checkpoint.open(folder, checkpoint_schema(config), quantization)
 
 
 def load(

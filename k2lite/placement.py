@@ -18,6 +18,7 @@ from k2lite.quant.errors import BackendError, ContextLengthError, MemoryPlanErro
 from k2lite.quant.quantization_plan import Matrix
 
 from .backend_check import demand_multipliable
+from .byte_sizes import gib
 from .config import ModelConfig
 from .kv_cache import LatentCache
 
@@ -331,10 +332,3 @@ def demand_trunk_format(backend: Backend, name: str) -> None:
 
 def _contexts(sequences: int, tokens: int) -> str:
     return f"{tokens} tokens" if sequences == 1 else f"{sequences} x {tokens} tokens"
-
-
-def gib(nbytes: int) -> str:
-    """Bytes as a person reads them: GiB, below one MiB, below that KiB."""
-    if nbytes >= 2**30:
-        return f"{nbytes / 2**30:.2f} GiB"
-    return f"{nbytes / 2**20:.1f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"

@@ -16,11 +16,12 @@ from k2lite.offload.replay import replay
 from k2lite.offload.routing_analysis import touched_share
 from k2lite.offload.routing_trace import RoutingTrace
 
+from .byte_sizes import gib
 from .config import ModelConfig
 from .device_placement import AUTO_DEVICE_SHARE, DEVICE_HEADROOM_BYTES
 from .kv_cache import LatentCache
 from .machine import Machine
-from .placement import Placement, WeightBytes, gib, plan_memory, planned_context
+from .placement import Placement, WeightBytes, plan_memory, planned_context
 from .quant.errors import MemoryPlanError
 from .quant.types import PROJECTIONS
 from .speed_model import (

@@ -74,11 +74,8 @@ def _trunk(checkpoint: Checkpoint) -> Iterator[Piece]:
             return piece, None, 0, str(error)
         return piece, checksum([tensor]), tensor.nbytes, None
 
-    with (
-        ThreadPoolExecutor(1, thread_name_prefix="verify-next") as order,
-        ThreadPoolExecutor(TRUNK_THREADS, thread_name_prefix="verify") as workers,
-    ):
-        yield from read_ahead(checkpoint.schema.trunk, read, TRUNK_AHEAD, order, workers)
+    with ThreadPoolExecutor(TRUNK_THREADS, thread_name_prefix="verify") as workers:
+        yield from read_ahead(checkpoint.schema.trunk, read, TRUNK_AHEAD, workers)
 
 
 def _experts(store: ExpertStore) -> Iterator[Piece]:

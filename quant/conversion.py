@@ -8,8 +8,9 @@ added in their order, so neither the block size nor the number of threads change
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,17 +87,38 @@ class ConvertedBlock:
     sums: Sums
 
 
+def block_reads(matrix: Matrix, method: Method) -> Iterator[Callable[[], Block]]:
+    """What reads the source rows of a matrix, a block each."""
+    quantize, source = method.quantizer(matrix), matrix.source
+
+    def read(start: int, stop: int) -> Block:
+        return Block(matrix, read_rows(source, start, stop), method, quantize)
+
+    for start, stop in row_spans(source, READ_BYTES * source.shape[0] // source.nbytes):
+        yield partial(read, start, stop)
+
+
 def read_blocks(matrix: Matrix, method: Method) -> Iterator[Block]:
     """The source rows of a matrix, block after block."""
-    quantize, source = method.quantizer(matrix), matrix.source
-    for start, stop in row_spans(source, READ_BYTES * source.shape[0] // source.nbytes):
-        yield Block(matrix, read_rows(source, start, stop), method, quantize)
+    return (read() for read in block_reads(matrix, method))
 
 
 def read_first_rows(matrix: Matrix, method: Method) -> Block:
     """The fewest rows that can be converted by themselves, as a block."""
     rows = read_rows(matrix.source, *row_spans(matrix.source, 1)[0])
     return Block(matrix, rows, method, method.quantizer(matrix))
+
+
+def blank_block(matrix: Matrix, method: Method) -> Block:
+    """The fewest rows of zeros in the source's format: converting them has the compiled loops loaded."""
+    source = matrix.source_format
+    shape = (row_spans(matrix.source, 1)[0][1], *matrix.source.shape[1:])
+    parts = {
+        suffix: torch.zeros(size, dtype=dtype)
+        for suffix, (dtype, size) in source.parts(shape).items()
+        if suffix != WEIGHT_SHAPE
+    }
+    return Block(matrix, QuantTensor(source, shape, parts), method, method.quantizer(matrix))
 
 
 def convert_block(block: Block) -> ConvertedBlock:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .gguf_names import Heads, gguf_name, split_names, stack_name
 from .gguf_split import Part, SplitWriter, demand_places, part_bytes, parts_of
 from .gguf_writer import GgufTensorSpec
 from .plain import PLAIN_DTYPES
-from .quantizer import THREADS
+from .quantizer import READERS, THREADS
 from .read_ahead import read_ahead
 from .types import PROJECTIONS, ExpertKey, QuantTensor
 
@@ -166,17 +167,15 @@ def export(
             "on another disk"
         )
     progress = ExportProgress()
-    reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-    workers = ThreadPoolExecutor(THREADS, thread_name_prefix="export")
+    workers = ThreadPoolExecutor(THREADS + READERS, thread_name_prefix="export")
     try:
         with SplitWriter(parts) as writer:
-            for made in read_ahead(_read(plan), _convert, READ_AHEAD_BLOCKS, reader, workers):
+            for made in read_ahead(_reads(plan), _convert, READ_AHEAD_BLOCKS, workers):
                 writer.append(made.tensor)
                 progress.add(made)
                 report(progress)
             writer.finish()
     finally:
-        reader.shutdown(cancel_futures=True)
         workers.shutdown(cancel_futures=True)
     return progress
 
@@ -187,16 +186,19 @@ def _spans(stack: Stack, source: StoredModule) -> list[tuple[int, int]]:
     return [(0, source.shape[0])] if stack.half else row_spans(source, BLOCK_WEIGHTS // columns)
 
 
-def _read(plan: ExportPlan) -> Iterator[_Rows]:
+def _reads(plan: ExportPlan) -> Iterator[Callable[[], _Rows]]:
+    def read(stack: Stack, source: StoredModule, start: int, stop: int) -> _Rows:
+        return _Rows(stack, source, plan.heads, read_rows(source, start, stop))
+
     for stack in plan.stacks:
         for source in stack.sources:
             for start, stop in _spans(stack, source):
-                yield _Rows(stack, source, plan.heads, read_rows(source, start, stop))
+                yield partial(read, stack, source, start, stop)
 
 
-def _convert(rows: _Rows) -> _Made:
+def _convert(read: Callable[[], _Rows]) -> _Made:
     """The work of one thread. Raises CheckpointError naming file and tensor."""
-    scales = ScaleCount()
+    rows, scales = read(), ScaleCount()
     try:
         return _Made(rows, _converted(rows, scales), scales)
     except CheckpointError as error:

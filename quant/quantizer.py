@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from .checksums import MANIFEST_NAME, MANIFEST_VERSION, UNVERIFIED
-from .conversion import Block, ConvertedBlock, Damage, convert_block, converted, read_blocks
+from .conversion import Block, ConvertedBlock, Damage, blank_block, block_reads, convert_block, converted
 from .direct_reading import read_direct
 from .durable_files import PARTIAL, write_whole
 from .errors import CheckpointError, RequestError
@@ -41,8 +41,10 @@ CONFIG_NAME = "config.json"
 SYNC_BYTES = 1 << 30
 COPY_BYTES = 16 << 20
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# That wait for the drive while others compute.
+READERS = 2
 # Blocks of 16 MiB that are read or worked on before they are written: enough for every thread to have one.
-READ_AHEAD_BLOCKS = max(8, THREADS + 2)
+READ_AHEAD_BLOCKS = max(8, THREADS + READERS)
 
 
 @dataclass
@@ -85,7 +87,6 @@ class _Run:
     lines: list[dict[str, Any]]
     report: Callable[[Progress], None]
     # threads for the whole run: the C library gives each new one a heap of its own
-    reader: ThreadPoolExecutor
     workers: ThreadPoolExecutor
     progress: Progress = field(default_factory=Progress)
 
@@ -103,8 +104,7 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
     demand_usable(job.destination, resume)
     keep_freed_memory()
     journal = Journal(job.destination)
-    reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-    workers = ThreadPoolExecutor(THREADS, thread_name_prefix="convert")
+    workers = ThreadPoolExecutor(THREADS + READERS, thread_name_prefix="convert")
     try:
         first, lines = journal.read()
         if first is None:
@@ -112,14 +112,14 @@ def quantize(job: Job, *, resume: bool, report: Callable[[Progress], None]) -> P
             journal.begin(job.identity)
         else:
             demand_same(first, job.identity, job.destination)
-        run = _Run(job, journal, lines, report, reader, workers)
+        _load_kernels(job, workers)
+        run = _Run(job, journal, lines, report, workers)
         for number, shard in enumerate(job.plan.shards):
             _write_shard(run, number, shard)
         _write_small_files(run)
         journal.remove()
         return run.progress
     finally:
-        reader.shutdown(cancel_futures=True)
         workers.shutdown(cancel_futures=True)
         journal.close()
 
@@ -150,6 +150,13 @@ def _demand_space(job: Job) -> None:
         )
 
 
+def _load_kernels(job: Job, workers: ThreadPoolExecutor) -> None:
+    """Have a thread do what takes half a second while the first bytes are read, which are often kept as they are."""
+    first = next((matrix for matrix in job.plan.matrices if not matrix.is_kept), None)
+    if first is not None and job.hessians is None:  # which would have it make a factor for nothing
+        workers.submit(convert_block, blank_block(first, job.method))
+
+
 def _write_shard(run: _Run, number: int, shard: OutputShard) -> None:
     path = run.job.destination / shard.file
     lines = [line for line in run.lines if line["shard"] == number]
@@ -162,7 +169,7 @@ def _write_shard(run: _Run, number: int, shard: OutputShard) -> None:
     try:
         run.progress.done_bytes += sum(piece.source_nbytes for piece in shard.pieces[:done])
         pieces = shard.pieces[done:]
-        blocks = read_ahead(_read(pieces, run.job.method), _work_on, READ_AHEAD_BLOCKS, run.reader, run.workers)
+        blocks = read_ahead(_reads(pieces, run.job.method), _convert, READ_AHEAD_BLOCKS, run.workers)
         unsynced = 0
         for piece in pieces:
             run.progress.piece = piece.name
@@ -208,27 +215,28 @@ def _checksum_of(writer: ShardWriter, offset: int, nbytes: int) -> str:
     return digest.hexdigest()
 
 
-def _read(pieces: Iterable[Piece], method: Method) -> Iterator[Block | torch.Tensor]:
-    """What is read for these pieces, in order: blocks to be converted and bytes that stay as they are."""
+def _reads(pieces: Iterable[Piece], method: Method) -> Iterator[Callable[[], Block | torch.Tensor]]:
+    """What reads these pieces, in order: blocks to be converted and bytes that stay as they are."""
     for piece in pieces:
         if piece.carried is not None:
-            yield from _read_carried(*piece.carried)
+            yield from _carried_reads(*piece.carried)
         for matrix in piece.matrices:
             if not matrix.is_kept:
-                yield from read_blocks(matrix, method)
+                yield from block_reads(matrix, method)
             elif not matrix.is_copied:
                 for path, record in matrix.kept_run:
-                    yield from _read_carried(path, record)
+                    yield from _carried_reads(path, record)
 
 
-def _read_carried(path: Path, record: TensorRecord) -> Iterator[torch.Tensor]:
+def _carried_reads(path: Path, record: TensorRecord) -> Iterator[Callable[[], torch.Tensor]]:
     for at in range(0, record.nbytes, COPY_BYTES):
         nbytes = min(COPY_BYTES, record.nbytes - at)
-        yield read_direct(path, record.offset + at, nbytes, f"tensor {record.name}")
+        yield partial(read_direct, path, record.offset + at, nbytes, f"tensor {record.name}")
 
 
-def _work_on(read: Block | torch.Tensor) -> ConvertedBlock | torch.Tensor:
-    return convert_block(read) if isinstance(read, Block) else read
+def _convert(read: Callable[[], Block | torch.Tensor]) -> ConvertedBlock | torch.Tensor:
+    found = read()
+    return convert_block(found) if isinstance(found, Block) else found
 
 
 def _write_piece(

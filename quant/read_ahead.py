@@ -1,4 +1,7 @@
-"""Works on the items of an iterator a few ahead: one thread makes them (the disk reads), others work on them."""
+"""Works on the items of an iterator a few ahead, in a pool of threads.
+
+Each thread reads what it works on: several reads keep a drive busy, and while some threads wait for it others compute.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def read_ahead(
-    items: Iterable[T], work: Callable[[T], R], depth: int, reader: ThreadPoolExecutor, workers: ThreadPoolExecutor
-) -> Iterator[R]:
-    """What `work` makes of each item, in their order; `depth` of them are made or worked on before they are taken.
-    `reader` has one thread; what the iterator or `work` raises is raised here."""
+def read_ahead(items: Iterable[T], work: Callable[[T], R], depth: int, workers: ThreadPoolExecutor) -> Iterator[R]:
+    """What `work` makes of each item, in their order; `depth` of them are begun before they are taken. Items are taken
+    by the caller's thread. What `work` raises is raised here."""
     iterator = iter(items)
 
     def begin_next() -> Future[R] | None:
@@ -23,7 +24,7 @@ def read_ahead(
             return workers.submit(work, item)
         return None
 
-    pending = deque(reader.submit(begin_next) for _ in range(depth))
-    while (begun := pending.popleft().result()) is not None:
-        pending.append(reader.submit(begin_next))
+    pending = deque(begin_next() for _ in range(depth))
+    while (begun := pending.popleft()) is not None:
+        pending.append(begin_next())
         yield begun.result()

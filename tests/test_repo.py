@@ -193,6 +193,17 @@ def test_help_imports_no_torch(arguments: list[str]) -> None:
     assert result.stdout
 
 
+def test_looking_at_a_folder_imports_neither_engine_nor_compiler() -> None:
+    """Which would add half a second to the start of quantize."""
+    code = (
+        "import sys, k2lite.model_folder, k2lite.quant.quantizer, k2lite.backend_check\n"
+        "heavy = {'k2lite.engine', 'k2lite.offload', 'k2lite.backends.cpu', 'numba'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_who_skips_for_want_of_shared_is_told_how_many(tmp_path: Path) -> None:
     """The suite's own conftest in a checkout that has no ../shared beside it."""
     (tmp_path / "main" / "tests").mkdir(parents=True)

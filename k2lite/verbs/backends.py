@@ -79,7 +79,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 def as_text(row: dict[str, Any]) -> str:
     """The lines that a person reads of one backend."""
-    from k2lite.placement import gib
+    from k2lite.byte_sizes import gib
 
     lines = [f"{row['name']:<12} {'ready' if row['ready'] else 'not ready'}: {row['reason']}"]
     lines += [f"    because   {cause}" for cause in row["causes"]]

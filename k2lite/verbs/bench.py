@@ -62,7 +62,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    from k2lite.placement import gib
+    from k2lite.byte_sizes import gib
 
     lines = []
     for name in ("prefill", "decode"):

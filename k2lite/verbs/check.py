@@ -73,7 +73,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The table that a person reads: what it is, what was measured, the verdicts."""
-    from k2lite.placement import gib
+    from k2lite.byte_sizes import gib
 
     model, machine, speed, hits = (facts[name] for name in ("model", "machine", "speed", "hits"))
     formats = ", ".join(f"{kind} {'+'.join(uses)}" for kind, uses in model["formats"].items())

@@ -136,7 +136,7 @@ def export_facts(paths: list[Path], progress: ExportProgress, seconds: float) ->
 
 def as_text(source: Path, plan: ExportPlan, sizes: list[int], notes: list[str]) -> str:
     """The plan as a person reads it; `sizes` are the files' bytes."""
-    from k2lite.placement import gib
+    from k2lite.byte_sizes import gib
 
     table: dict[tuple[str, str], list[int]] = {}
     for stack in plan.stacks:

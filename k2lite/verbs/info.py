@@ -53,7 +53,7 @@ def describe(folder: Path, *, latent_norm_eps: float | None = None) -> dict[str,
 
 def as_text(facts: dict[str, Any]) -> str:
     """The report a person reads."""
-    from k2lite.placement import gib
+    from k2lite.byte_sizes import gib
 
     config = facts["config"]
     layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]

@@ -129,9 +129,9 @@ def _machine(args: argparse.Namespace, backend: Backend, checkpoint: Checkpoint 
 
 def _drive_rate(args: argparse.Namespace, checkpoint: Checkpoint | None) -> float:
     """Bytes a second, measured on the model's own files, or on a file written where they will lie."""
+    from k2lite.byte_sizes import gib
     from k2lite.offload import drive_rate
     from k2lite.offload.store import ExpertStore
-    from k2lite.placement import gib
 
     if checkpoint is None:
         folder = args.model.absolute().parent if args.drive is None else args.drive

@@ -70,7 +70,7 @@ def execute(args: argparse.Namespace) -> int:
             print(f"k2lite quantize: {note}", file=sys.stderr)
         with as_folder(model) as folder:
             return _execute(args, folder, model.config, model.checkpoint)
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
 
     return _execute(args, args.source, *open_model(args.source))
 
@@ -238,7 +238,7 @@ def plan_facts(plan: QuantizationPlan) -> dict[str, Any]:
 
 def as_text(source: Path, plan: QuantizationPlan) -> str:
     """The plan as a person reads it."""
-    from k2lite.placement import gib
+    from k2lite.byte_sizes import gib
 
     lines = [f"{source}: {len(plan.shards)} files, {gib(plan.total_bytes)} to write"]
     for use in plan.table():
