@@ -184,14 +184,20 @@ def absorb(arguments, head, scratch):
     blocks = (rank + BLOCK - 1) // BLOCK
     spare = scratch + nope * blocks * BLOCK_BYTES
     first = head * (nope + get64(arguments, VALUE))
-    for n in range(nope):
-        row_to_floats(matrix, first + n, 0, blocks, scratch + n * blocks * BLOCK_BYTES, 1, 1, spare)
+    # one token: what has been made into floats is still in the nearest cache
+    some = nope if get64(arguments, TOKENS) > 1 else 8
+    for n in range(0, nope, some):
+        count = min(some, nope - n)
+        for row in range(count):
+            row_to_floats(matrix, first + n + row, 0, blocks, scratch + row * blocks * BLOCK_BYTES, 1, 1, spare)
+        for t in range(get64(arguments, TOKENS)):
+            query = get64(arguments, QUERIES) + (t * heads + head) * width
+            if not n:
+                zero_bytes(query, width)
+            source = get64(arguments, Q_NOPE) + t * get64(arguments, NOPE_TOKEN) + head * get64(arguments, NOPE_HEAD)
+            weighted_rows(scratch, blocks * BLOCK_BYTES, source + 4 * n, count, np.float32(1), rank, query)
     for t in range(get64(arguments, TOKENS)):
-        at = t * heads + head
-        query = get64(arguments, QUERIES) + at * width
-        zero_bytes(query, width)
-        source = get64(arguments, Q_NOPE) + t * get64(arguments, NOPE_TOKEN) + head * get64(arguments, NOPE_HEAD)
-        weighted_rows(scratch, blocks * BLOCK_BYTES, source, nope, np.float32(1), rank, query)
+        query = get64(arguments, QUERIES) + (t * heads + head) * width
         rope = get64(arguments, Q_ROPE) + t * get64(arguments, ROPE_TOKEN) + head * get64(arguments, ROPE_HEAD)
         copy_bytes(query + rank * 4, rope, get64(arguments, ROTARY) * 4)
 
