@@ -5,7 +5,8 @@
 LAYER is a folder with one layer of 64 experts, written here if it is missing (1.6 GB). PYTHON has torch and kt_kernel,
 or finds kt_kernel under PATH. kt-kernel needs neither its own torch nor a GPU: asked for pinned memory, it gets plain.
 The times are those of the whole call of each: ours with the choice of experts as the model makes it and the weighted
-sum, theirs `forward`. Ratios are medians of the pairs.
+sum, theirs `forward`. Ratios are medians of the pairs. At one token a plain read of as many experts takes a turn too,
+and says which share of the memory's ceiling each reaches: no program can be faster than 1.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from k2lite.backends.cpu.backend import CpuBackend
 from k2lite.expert_work import tokens_by_expert
 from k2lite.quant.formats import format_named
 from k2lite.quant.types import PROJECTIONS, ExpertWeights, QuantTensor
+from tools.memory_read import read_bytes_per_second
 from tools.peer_process import Peer
 
 HIDDEN, WIDTH, EXPERTS, ACTIVE = 7168, 2048, 64, 8
@@ -98,6 +100,31 @@ def our_seconds(backend: CpuBackend, experts: list[ExpertWeights], tokens: int) 
     return time.perf_counter() - began
 
 
+def read_seconds(backend: CpuBackend, experts: list[ExpertWeights]) -> float:
+    """What as many experts as a token takes need at least."""
+    chosen = [part for e in torch.randperm(EXPERTS)[:ACTIVE] for weight in experts[e] for part in weight.parts.values()]
+    rate = read_bytes_per_second(backend, [part for part in chosen if part.nbytes > 1 << 20])
+    return sum(part.nbytes for part in chosen) / rate
+
+
+def compare(
+    backend: CpuBackend, experts: list[ExpertWeights], peer: Peer, tokens: int, repeats: int
+) -> dict[str, float]:
+    turns = []
+    for repeat in range(2 + repeats):
+        turn = our_seconds(backend, experts, tokens), peer.seconds(tokens), read_seconds(backend, experts)
+        turns += [turn] if repeat >= 2 else []
+    found = {
+        "ms": 1e3 * median(ours for ours, _, _ in turns),
+        "kt_kernel_ms": 1e3 * median(theirs for _, theirs, _ in turns),
+        "times_kt_kernel": median(theirs / ours for ours, theirs, _ in turns),
+    }
+    if tokens == 1:
+        found["share_of_ceiling"] = median(read / ours for ours, _, read in turns)
+        found["kt_kernel_share_of_ceiling"] = median(read / theirs for _, theirs, read in turns)
+    return found
+
+
 def main() -> int:
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -116,15 +143,9 @@ def main() -> int:
     experts = read_layer(file, backend)
     with Peer(args.python, PEER, str(args.layer), str(backend.threads), extra_path=args.extra_path) as peer:
         for tokens in (1, 64, 256):
-            pairs = []
-            for repeat in range(2 + (args.repeats if tokens == 1 else max(3, args.repeats // 6))):
-                pair = our_seconds(backend, experts, tokens), peer.seconds(tokens)
-                pairs += [pair] if repeat >= 2 else []
-            cases[f"decode_{tokens}" if tokens == 1 else f"prefill_{tokens}"] = {
-                "ms": 1e3 * median(ours for ours, _ in pairs),
-                "kt_kernel_ms": 1e3 * median(theirs for _, theirs in pairs),
-                "times_kt_kernel": median(theirs / ours for ours, theirs in pairs),
-            }
+            repeats = args.repeats if tokens == 1 else max(3, args.repeats // 6)
+            name = f"decode_{tokens}" if tokens == 1 else f"prefill_{tokens}"
+            cases[name] = compare(backend, experts, peer, tokens, repeats)
     for name, found in cases.items():
         print(f"{name:<12} " + "  ".join(f"{key} {value:.4g}" for key, value in found.items()), file=sys.stderr)
     if args.json:
