@@ -6,7 +6,7 @@ LAYER is a folder with one layer of 64 experts, written here if it is missing (1
 or finds kt_kernel under PATH. kt-kernel needs neither its own torch nor a GPU: asked for pinned memory, it gets plain.
 The times are those of the whole call of each: ours with the choice of experts as the model makes it and the weighted
 sum, theirs `forward`. Ratios are medians of the pairs. At one token a plain read of as many experts takes a turn too,
-and says which share of the memory's ceiling each reaches: no program can be faster than 1.
+and says which share of its speed each reaches. The peer is stopped while it is not its turn.
 """
 
 from __future__ import annotations
