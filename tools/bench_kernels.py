@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin on after a yardstick, beside our kernel
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

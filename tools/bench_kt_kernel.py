@@ -5,7 +5,8 @@
 LAYER is a folder with one layer of 64 experts, written here if it is missing (1.6 GB). PYTHON has torch and kt_kernel,
 or finds kt_kernel under PATH. kt-kernel needs neither its own torch nor a GPU: asked for pinned memory, it gets plain.
 The times are those of the whole call of each: ours with the choice of experts as the model makes it and the weighted
-sum, theirs `forward`. Ratios are medians of the pairs.
+sum, theirs `forward`. Ratios are medians of the pairs. At one token a plain read of as many experts takes a turn too,
+and says which share of its speed each reaches. The peer is stopped while it is not its turn.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from k2lite.backends.cpu.backend import CpuBackend
 from k2lite.expert_work import tokens_by_expert
 from k2lite.quant.formats import format_named
 from k2lite.quant.types import PROJECTIONS, ExpertWeights, QuantTensor
+from tools.memory_read import read_bytes_per_second
 from tools.peer_process import Peer
 
 HIDDEN, WIDTH, EXPERTS, ACTIVE = 7168, 2048, 64, 8
 SHAPES = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+TURN = 9  # calls of one token in a turn; its median counts, as who was stopped wakes up slowly
 PEER = """
 import os, sys, time
+from statistics import median
 os.environ["KT_FORCE_SYNC_SUBMIT"] = "1"  # else the work is queued on a CUDA stream that does not exist
 import torch
 def without_pinning(function):
@@ -49,14 +53,16 @@ moe = KTMoEWrapper(layer_idx=1, num_experts=64, num_experts_per_tok=8, hidden_si
 moe.load_weights(torch.arange(64, dtype=torch.int64))
 generator = torch.Generator().manual_seed(1)
 for line in sys.stdin:
-    tokens = int(line)
-    x = torch.randn(tokens, 7168, generator=generator).to(torch.bfloat16)
-    ids = torch.stack([torch.randperm(64, generator=generator)[:8] for _ in range(tokens)])
-    weights = torch.rand(tokens, 8, generator=generator)
-    began = time.perf_counter()
-    moe.forward(x, ids, weights, 0)
-    print(time.perf_counter() - began, file=answers, flush=True)
-"""
+    tokens, times = int(line), []
+    for _ in range(TURN if tokens == 1 else 1):
+        x = torch.randn(tokens, 7168, generator=generator).to(torch.bfloat16)
+        ids = torch.stack([torch.randperm(64, generator=generator)[:8] for _ in range(tokens)])
+        weights = torch.rand(tokens, 8, generator=generator)
+        began = time.perf_counter()
+        moe.forward(x, ids, weights, 0)
+        times.append(time.perf_counter() - began)
+    print(median(times), file=answers, flush=True)
+""".replace("TURN", str(TURN))
 
 
 def write_layer(path: Path) -> None:
@@ -98,6 +104,34 @@ def our_seconds(backend: CpuBackend, experts: list[ExpertWeights], tokens: int) 
     return time.perf_counter() - began
 
 
+def read_seconds(backend: CpuBackend, experts: list[ExpertWeights]) -> float:
+    """What as many experts as a token takes need at least."""
+    chosen = [part for e in torch.randperm(EXPERTS)[:ACTIVE] for weight in experts[e] for part in weight.parts.values()]
+    rate = read_bytes_per_second(backend, [part for part in chosen if part.nbytes > 1 << 20])
+    return sum(part.nbytes for part in chosen) / rate
+
+
+def compare(
+    backend: CpuBackend, experts: list[ExpertWeights], peer: Peer, tokens: int, repeats: int
+) -> dict[str, float]:
+    turns = []
+    for repeat in range(2 + repeats):
+        calls = TURN if tokens == 1 else 1
+        ours = median(our_seconds(backend, experts, tokens) for _ in range(calls))
+        theirs = peer.seconds(tokens)
+        turn = ours, theirs, median(read_seconds(backend, experts) for _ in range(calls))
+        turns += [turn] if repeat >= 2 else []
+    found = {
+        "ms": 1e3 * median(ours for ours, _, _ in turns),
+        "kt_kernel_ms": 1e3 * median(theirs for _, theirs, _ in turns),
+        "times_kt_kernel": median(theirs / ours for ours, theirs, _ in turns),
+    }
+    if tokens == 1:
+        found["share_of_ceiling"] = median(read / ours for ours, _, read in turns)
+        found["kt_kernel_share_of_ceiling"] = median(read / theirs for _, theirs, read in turns)
+    return found
+
+
 def main() -> int:
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -106,7 +140,7 @@ def main() -> int:
     parser.add_argument("layer", type=Path, metavar="LAYER")
     parser.add_argument("--python", default=sys.executable, metavar="PYTHON", help="default: this one")
     parser.add_argument("--extra-path", metavar="PATH", help="a folder with the module kt_kernel")
-    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="pairs of one token; others take a sixth")
+    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="turns of one token; others take a sixth")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     args = parser.parse_args()
     file = args.layer / "model.safetensors"
@@ -116,15 +150,9 @@ def main() -> int:
     experts = read_layer(file, backend)
     with Peer(args.python, PEER, str(args.layer), str(backend.threads), extra_path=args.extra_path) as peer:
         for tokens in (1, 64, 256):
-            pairs = []
-            for repeat in range(2 + (args.repeats if tokens == 1 else max(3, args.repeats // 6))):
-                pair = our_seconds(backend, experts, tokens), peer.seconds(tokens)
-                pairs += [pair] if repeat >= 2 else []
-            cases[f"decode_{tokens}" if tokens == 1 else f"prefill_{tokens}"] = {
-                "ms": 1e3 * median(ours for ours, _ in pairs),
-                "kt_kernel_ms": 1e3 * median(theirs for _, theirs in pairs),
-                "times_kt_kernel": median(theirs / ours for ours, theirs in pairs),
-            }
+            repeats = args.repeats if tokens == 1 else max(3, args.repeats // 6)
+            name = f"decode_{tokens}" if tokens == 1 else f"prefill_{tokens}"
+            cases[name] = compare(backend, experts, peer, tokens, repeats)
     for name, found in cases.items():
         print(f"{name:<12} " + "  ".join(f"{key} {value:.4g}" for key, value in found.items()), file=sys.stderr)
     if args.json:

@@ -22,10 +22,10 @@ from numba.extending import intrinsic
 from .activations import BLOCK, BLOCK_BYTES, spread_block
 from .compiler import kernel
 from .elementwise import add_lanes, each_vector
-from .float_linear import row_to_floats
-from .float_tiles import blocks_by_four, finish_rows
+from .float_linear import AHEAD, row_to_floats
+from .float_tiles import bf16_by_one, blocks_by_four, blocks_by_one, finish_rows
 from .functions import exp
-from .matrix import IN
+from .matrix import BY_BF16, CODE_ROW, CODES, IN, PATH
 from .pointers import copy_bytes, get64, getf, set64, setf, zero_bytes
 from .vector import (
     F32,
@@ -184,14 +184,20 @@ def absorb(arguments, head, scratch):
     blocks = (rank + BLOCK - 1) // BLOCK
     spare = scratch + nope * blocks * BLOCK_BYTES
     first = head * (nope + get64(arguments, VALUE))
-    for n in range(nope):
-        row_to_floats(matrix, first + n, 0, blocks, scratch + n * blocks * BLOCK_BYTES, 1, 1, spare)
+    # one token: what has been made into floats is still in the nearest cache
+    some = nope if get64(arguments, TOKENS) > 1 else 8
+    for n in range(0, nope, some):
+        count = min(some, nope - n)
+        for row in range(count):
+            row_to_floats(matrix, first + n + row, 0, blocks, scratch + row * blocks * BLOCK_BYTES, 1, 1, spare)
+        for t in range(get64(arguments, TOKENS)):
+            query = get64(arguments, QUERIES) + (t * heads + head) * width
+            if not n:
+                zero_bytes(query, width)
+            source = get64(arguments, Q_NOPE) + t * get64(arguments, NOPE_TOKEN) + head * get64(arguments, NOPE_HEAD)
+            weighted_rows(scratch, blocks * BLOCK_BYTES, source + 4 * n, count, np.float32(1), rank, query)
     for t in range(get64(arguments, TOKENS)):
-        at = t * heads + head
-        query = get64(arguments, QUERIES) + at * width
-        zero_bytes(query, width)
-        source = get64(arguments, Q_NOPE) + t * get64(arguments, NOPE_TOKEN) + head * get64(arguments, NOPE_HEAD)
-        weighted_rows(scratch, blocks * BLOCK_BYTES, source, nope, np.float32(1), rank, query)
+        query = get64(arguments, QUERIES) + (t * heads + head) * width
         rope = get64(arguments, Q_ROPE) + t * get64(arguments, ROPE_TOKEN) + head * get64(arguments, ROPE_HEAD)
         copy_bytes(query + rank * 4, rope, get64(arguments, ROTARY) * 4)
 
@@ -262,6 +268,29 @@ def attend(arguments, task, scratch):
             spread_block(row + block * BLOCK_BYTES, rank - block * BLOCK, to + block * BLOCK_BYTES)
 
 
+@numba.njit(error_model="numpy")
+def _values_of_one(matrix, first, value, x, scratch, arguments, head):
+    """One token's results: BF16 rows are multiplied as they lie."""
+    rank, code_row = get64(matrix, IN), get64(matrix, CODE_ROW)
+    blocks = (rank + BLOCK - 1) // BLOCK
+    sums, spare, rows, row_bytes = scratch, scratch + 1024, scratch + 2048, blocks * BLOCK_BYTES
+    for v in range(0, value, 4):
+        zero_bytes(sums, 256)
+        n0, n1 = first + v, first + min(v + 1, value - 1)
+        n2, n3 = first + min(v + 2, value - 1), first + min(v + 3, value - 1)
+        if get64(matrix, PATH) == BY_BF16 and rank % BLOCK == 0:
+            codes = get64(matrix, CODES)
+            r0, r1, r2, r3 = codes + n0 * code_row, codes + n1 * code_row, codes + n2 * code_row, codes + n3 * code_row
+            bf16_by_one(r0, r1, r2, r3, x, blocks, sums, AHEAD)
+        else:
+            for r in range(4):
+                row_to_floats(matrix, first + min(v + r, value - 1), 0, blocks, rows + r * row_bytes, 0, 1, spare)
+            blocks_by_one(rows, rows + row_bytes, rows + 2 * row_bytes, rows + 3 * row_bytes, x, blocks, sums, 0)
+        finish_rows(sums, spare)
+        to = get64(arguments, RESULTS) + (head * value + v) * 4
+        copy_bytes(to, spare, 4 * min(4, value - v))
+
+
 @kernel(3)
 def make_values(arguments, head, scratch):
     """One head's results: its value rows times each token's mixed latents."""
@@ -270,6 +299,9 @@ def make_values(arguments, head, scratch):
     blocks = (get64(matrix, IN) + BLOCK - 1) // BLOCK
     sums, spare, rows = scratch, scratch + 1024, scratch + 2048
     first = head * (nope + value) + nope
+    if tokens == 1:
+        _values_of_one(matrix, first, value, get64(arguments, MIXED) + head * mixed_bytes, scratch, arguments, head)
+        return
     for v in range(0, value, 4):
         for r in range(4):
             at = first + min(v + r, value - 1)

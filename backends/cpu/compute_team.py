@@ -33,6 +33,7 @@ from .team_kernels import (
     FIRST,
     FUTEX,
     FUTEX_NUMBER,
+    GRABS,
     SCRATCH,
     SCRATCH_BYTES,
     STATE_BYTES,
@@ -75,6 +76,7 @@ class ComputeTeam:
         for place, value in (
             (SYSCALL, _address(libc.syscall)),
             (CLOCK, _address(libc.clock_gettime)),
+            (GRABS, GRABS_EACH * self.threads),
             (FUTEX, FUTEX_NUMBER.get(platform.machine().lower(), 0)),
         ):
             self._fields[place // 8] = value
@@ -176,6 +178,7 @@ def _stop(
 
 
 MAX_THREADS = 1024
+GRABS_EACH = 128  # of a thread in a phase: what it may wait for another at the end
 # For a job that another thread has begun, when the interpreter ends.
 PATIENCE_S = 5.0
 

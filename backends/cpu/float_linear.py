@@ -32,11 +32,13 @@ from .float_tiles import (
     scale_block,
 )
 from .int_linear import _scale_index
+from .int_tiles import ROW
 from .matrix import BY_BF16, BY_FLOATS, BY_FP8, CODE_ROW, CODES, IN, LAYOUT, OUT, PATH, SCALE_ROW, SCALES, VALUES
-from .pointers import copy_bytes, get64, getf, set64, zero_bytes
+from .pointers import copy_bytes, get64, getf, set64, setf, zero_bytes
 
 TOKENS = 32  # of a turn
 PIECE = 1024  # columns that are worked on together
+AHEAD = 2048  # bytes of a row that are asked for before they are needed
 MANY = 8  # from so many tokens on, FP8 codes are made into floats once for all of them
 _SUMS = 0
 _TABLE = _SUMS + 32 * TOKENS * 64
@@ -66,24 +68,43 @@ def row_to_floats(matrix, row, column, blocks, target, natural, scaled, spare):
     values, columns = get64(matrix, VALUES), get64(matrix, IN)
     width = column_bytes(values)
     codes = get64(matrix, CODES) + row * get64(matrix, CODE_ROW) + column // BLOCK * width
-    scales = get64(matrix, SCALES)
-    factor = np.float32(1.0)
-    for i in range(blocks):
+    whole, i = min(blocks, (columns - column) // BLOCK), 0
+    while i < blocks:
         at = column + i * BLOCK
-        if values == FP8_CODES:
-            if scaled:
-                factor = getf(scales + row // 128 * get64(matrix, SCALE_ROW) + at // 128 * 4) * np.float32(FP8_FACTOR)
-        elif values < BF16_VALUES:
-            index = _scale_index(get64(matrix, LAYOUT), at // BLOCK)
-            factor = bf16_at(scales + row * get64(matrix, SCALE_ROW), index)
-        source = codes + i * width
-        if at + BLOCK > columns:
-            zero_bytes(spare, 128)
-            copy_bytes(spare, source, (columns - at) * width // BLOCK)
-            source = spare
-        floats_of(values, source, factor, target + i * BLOCK_BYTES, natural)
-        if at + BLOCK > columns and values < BF16_VALUES:
-            _clear(target + i * BLOCK_BYTES, columns - at, natural)
+        source, to = codes + i * width, target + i * BLOCK_BYTES
+        alike = min(_blocks_alike(matrix, values), whole - i)  # columns begin at whole pieces, so at a scale's first
+        if alike > 0:
+            floats_of(values, source, _factor(matrix, values, row, at, scaled), to, natural, alike)
+            i += alike
+            continue
+        zero_bytes(spare, 128)
+        copy_bytes(spare, source, (columns - at) * width // BLOCK)
+        floats_of(values, spare, _factor(matrix, values, row, at, scaled), to, natural, 1)
+        if values < BF16_VALUES:
+            _clear(to, columns - at, natural)
+        i += 1
+
+
+@numba.njit(error_model="numpy")
+def _blocks_alike(matrix, values):
+    """Blocks of a row that share a scale."""
+    if values == FP8_CODES:
+        return 4
+    if values >= BF16_VALUES or get64(matrix, LAYOUT) == ROW:
+        return 1 << 30
+    return 1 << get64(matrix, LAYOUT)  # G32, G64, G128
+
+
+@numba.njit(error_model="numpy")
+def _factor(matrix, values, row, column, scaled):
+    """What the codes at a row's column are multiplied by."""
+    scales = get64(matrix, SCALES) + row * get64(matrix, SCALE_ROW)
+    if values == FP8_CODES:
+        scales = get64(matrix, SCALES) + row // 128 * get64(matrix, SCALE_ROW)
+        return getf(scales + column // 128 * 4) * np.float32(FP8_FACTOR) if scaled else np.float32(1.0)
+    if values < BF16_VALUES:
+        return bf16_at(scales, _scale_index(get64(matrix, LAYOUT), column // BLOCK))
+    return np.float32(1.0)
 
 
 @numba.njit(error_model="numpy")
@@ -134,27 +155,40 @@ def _scale_inputs(matrix, row, column, blocks, tokens, count, scratch):
 
 
 @numba.njit(error_model="numpy")
+def _step(first, stop):
+    """Between the four rows that are taken together: from each quarter of the rows one, so that memory is read in four
+    long runs; where there are no quarters, the next ones."""
+    return (stop - first) // 4 if (stop - first) % 4 == 0 else 1
+
+
+@numba.njit(error_model="numpy")
+def _first_of_four(first, stop, group):
+    return first + group * (4 if (stop - first) % 4 else 1)
+
+
+@numba.njit(error_model="numpy")
 def _piece(matrix, first, stop, column, width, table, at, count, scratch):
     """Add columns [column, column + width) of all rows and tokens to the running sums."""
     path, columns, last = get64(matrix, PATH), get64(matrix, IN), get64(matrix, OUT) - 1
-    codes, code_row = get64(matrix, CODES), get64(matrix, CODE_ROW)
-    block_bytes = column_bytes(get64(matrix, VALUES))
+    code_row, block_bytes = get64(matrix, CODE_ROW), column_bytes(get64(matrix, VALUES))
     whole = min(width, columns - column) // BLOCK
     rest = min(width, columns - column) - whole * BLOCK
-    start = codes + column // BLOCK * block_bytes
-    for row in range(first, stop, 4):
-        sums = scratch + _SUMS + (row - first) * TOKENS * 64
-        n1, n2, n3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
+    start, step = get64(matrix, CODES) + column // BLOCK * block_bytes, _step(first, stop)
+    for group in range((stop - first + 3) // 4):
+        sums = scratch + _SUMS + group * TOKENS * 256
+        n0 = _first_of_four(first, stop, group)
+        n1, n2, n3 = min(n0 + step, last), min(n0 + 2 * step, last), min(n0 + 3 * step, last)
         if path == BY_FLOATS or (path == BY_FP8 and count >= MANY):
-            made, blocks, step = scratch + _FLOATS, whole + (rest > 0), PIECE * 4
+            made, blocks, row_bytes = scratch + _FLOATS, whole + (rest > 0), PIECE * 4
             scaled = 1 if path == BY_FLOATS else 0
             for r in range(4):
-                row_to_floats(matrix, min(row + r, last), column, blocks, made + step * r, 0, scaled, scratch + _ENDS)
-            _tile(BY_FLOATS, made, made + step, made + 2 * step, made + 3 * step, table, at, count, blocks, sums, 0)
+                row, to = min(n0 + r * step, last), made + r * row_bytes
+                row_to_floats(matrix, row, column, blocks, to, 0, scaled, scratch + _ENDS)
+            m1, m2, m3 = made + row_bytes, made + 2 * row_bytes, made + 3 * row_bytes
+            _tile(BY_FLOATS, made, m1, m2, m3, table, at, count, blocks, sums, 0)
             continue
-        r0, r1, r2, r3 = start + row * code_row, start + n1 * code_row, start + n2 * code_row, start + n3 * code_row
-        ahead = 4 * code_row if row + 8 <= stop else 0
-        _tile(path, r0, r1, r2, r3, table, at, count, whole, sums, ahead)
+        r0, r1, r2, r3 = start + n0 * code_row, start + n1 * code_row, start + n2 * code_row, start + n3 * code_row
+        _tile(path, r0, r1, r2, r3, table, at, count, whole, sums, AHEAD)
         if rest:
             ends, skip, used = scratch + _ENDS, whole * block_bytes, rest * block_bytes // BLOCK
             zero_bytes(ends, 256)
@@ -169,8 +203,9 @@ def _piece(matrix, first, stop, column, width, table, at, count, scratch):
 @numba.njit(error_model="numpy")
 def _some_tokens(matrix, first, stop, tokens, count, outputs, base, scratch):
     """At most TOKENS tokens."""
-    path, columns = get64(matrix, PATH), get64(matrix, IN)
-    zero_bytes(scratch + _SUMS, (stop - first + 3) // 4 * 4 * TOKENS * 64)
+    path, columns, groups = get64(matrix, PATH), get64(matrix, IN), (stop - first + 3) // 4
+    for group in range(groups):
+        zero_bytes(scratch + _SUMS + group * TOKENS * 256, count * 256)
     # one token's rows are read from end to end; for more, a piece of the inputs stays in the cache
     step = columns + BLOCK if count == 1 and path != BY_FLOATS else PIECE
     for column in range(0, columns, step):
@@ -180,10 +215,13 @@ def _some_tokens(matrix, first, stop, tokens, count, outputs, base, scratch):
             _piece(matrix, first, stop, column, width, scratch + _TABLE, 0, count, scratch)
         else:
             _piece(matrix, first, stop, column, width, tokens, column * 4, count, scratch)
-    for row in range(first, stop, 4):
+    for group in range(groups):
         for t in range(count):
-            finish_rows(scratch + _SUMS + ((row - first) * TOKENS + t * 4) * 64, scratch + _ENDS)
-            copy_bytes(get64(outputs, t) + 4 * (row - base), scratch + _ENDS, 4 * min(4, stop - row))
+            finish_rows(scratch + _SUMS + (group * TOKENS + t) * 256, scratch + _ENDS)
+            for r in range(4):
+                row = _first_of_four(first, stop, group) + r * _step(first, stop)
+                if row < stop:
+                    setf(get64(outputs, t) + 4 * (row - base), getf(scratch + _ENDS + 4 * r))
 
 
 @numba.njit(error_model="numpy")

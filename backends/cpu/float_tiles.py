@@ -179,6 +179,7 @@ def scale_block(typingctx, source, factor, target):
 # -- any format's columns as floats in blocks ----------------------------------------------------------------------
 
 INT4_CODES, INT8_CODES, BF16_VALUES, FP8_CODES, F16_VALUES, F32_VALUES = range(6)
+_STORED = (16, 32, 64, 32, 64, 128)  # bytes of a block
 
 
 def _integer_halves(b, codes, offset_of):
@@ -205,38 +206,46 @@ def _values(b, kind, address):
     return [shuffle(b, *values, EVEN), shuffle(b, *values, ODD)]
 
 
+def _in_order(b, kind, address):
+    """The same as they come."""
+    if kind == BF16_VALUES:
+        halves = [b.zext(load(b, offset(b, address, 32 * i), vector(I16, 16)), I32X16) for i in range(2)]
+        return [b.bitcast(b.shl(v, splat(I32X16, 16)), F32X16) for v in halves]
+    if kind == INT8_CODES:
+        return _integer_halves(b, [load(b, offset(b, address, 16 * i), vector(I8, 16)) for i in range(2)], 128)
+    if kind == F32_VALUES:
+        return [load(b, offset(b, address, 64 * i), F32X16) for i in range(2)]
+    halves = _values(b, kind, address)
+    return [shuffle(b, *halves, [lane // 2 + 16 * (lane % 2) for lane in range(16 * i, 16 * i + 16)]) for i in range(2)]
+
+
 @intrinsic
-def floats_of(typingctx, kind, address, factor, target, natural):
-    """32 columns, stored as `kind` says, times a factor, to a block (natural 0) or as they come (1)."""
+def floats_of(typingctx, kind, address, factor, target, natural, blocks):
+    """Blocks of 32 columns, stored as `kind` says, times a factor, to blocks (natural 0) or as they come (1)."""
 
     def codegen(context, b, _signature, arguments):
-        kind, address, factor, target, natural = arguments
-        done = b.append_basic_block("made")
-        cases = [b.append_basic_block(f"kind{k}") for k in range(6)]
-        switch = b.switch(kind, cases[-1])
-        made = []
-        for k, case in enumerate(cases):
-            switch.add_case(I64(k), case)
+        kind, address, factor, target, natural, blocks = arguments
+        by, done = broadcast(b, factor), b.append_basic_block("made")
+        ways = [(k, way) for k in range(6) for way in (0, 1)]
+        cases = [b.append_basic_block(f"kind{k}{'natural' * way}") for k, way in ways]
+        switch = b.switch(b.add(b.mul(kind, I64(2)), natural), done)
+        for number, ((k, way), case) in enumerate(zip(ways, cases, strict=True)):
+            switch.add_case(I64(number), case)
             b.position_at_end(case)
-            made.append((_values(b, k, address), b.block))
+
+            def body(i, _carried, make=_in_order if way else _values, k=k):
+                to = b.add(target, b.mul(i, I64(BLOCK_BYTES)))
+                for half, value in enumerate(make(b, k, b.add(address, b.mul(i, I64(_STORED[k]))))):
+                    store(b, offset(b, to, 64 * half), b.fmul(value, by))
+                return []
+
+            counted_loop(b, blocks, [], body)
             b.branch(done)
         b.position_at_end(done)
-        halves = []
-        for half in range(2):
-            phi = b.phi(F32X16)
-            for values, block in made:
-                phi.add_incoming(values[half], block)
-            halves.append(phi)
-        halves = [b.fmul(v, broadcast(b, factor)) for v in halves]
-        together = [
-            shuffle(b, *halves, [lane // 2 + 16 * (lane % 2) for lane in range(16 * i, 16 * i + 16)]) for i in range(2)
-        ]
-        wanted = b.icmp_signed("!=", natural, I64(0))
-        for i in range(2):
-            store(b, offset(b, target, 64 * i), b.select(wanted, together[i], halves[i]))
         return context.get_dummy_value()
 
-    signature = types.none(types.int64, types.int64, types.float32, types.int64, types.int64)
+    i64 = types.int64
+    signature = types.none(i64, i64, types.float32, i64, i64, i64)
     return signature, outlined("k2lite_floats_of", codegen)
 
 

@@ -29,9 +29,10 @@ from .int_tiles import (
     panel_tokens8,
 )
 from .matrix import BY_INT4, CODE_ROW, CODES, IN, LAYOUT, OUT, PATH, SCALE_ROW, SCALES
-from .pointers import ask_for, copy_bytes, get64, set64, setf, zero_bytes
+from .pointers import ask_for, copy_bytes, get64, getf, set64, setf, zero_bytes
 
 ROWS = 32  # of a task
+AHEAD = 4096  # bytes of a row that are asked for before they are needed, at most
 FEW_TOKENS = 4  # up to so many, rows are taken as they lie
 # Scratch: running sums, addresses, the ends of rows; then a panel and its scales.
 _SUMS, _TABLE, _ROWS, _ENDS, _END_SCALES, _PANEL = 0, 2048, 2560, 3072, 5120, 5632
@@ -52,14 +53,15 @@ def _scale_index(layout, group):
 
 
 @numba.njit(error_model="numpy")
-def _copy_ends(matrix, row, count, scratch):
-    """The last, partial chunk of `count` rows from `row` on, the last one repeated past the matrix's end."""
+def _copy_ends(matrix, row, step, count, scratch):
+    """The last, partial chunk of `count` rows from `row` on, `step` apart, the last one repeated past the matrix's
+    end."""
     columns, last = get64(matrix, IN), get64(matrix, OUT) - 1
     bits = 4 if get64(matrix, PATH) == BY_INT4 else 8
     full = columns // CHUNK
     chunk_bytes = CHUNK * bits // 8
     for r in range(count):
-        at = min(row + r, last)
+        at = min(row + r * step, last)
         codes = get64(matrix, CODES) + at * get64(matrix, CODE_ROW) + full * chunk_bytes
         scales = get64(matrix, SCALES) + at * get64(matrix, SCALE_ROW)
         zero_bytes(scratch + _ENDS + r * chunk_bytes, chunk_bytes)
@@ -71,49 +73,55 @@ def _copy_ends(matrix, row, count, scratch):
 
 
 @numba.njit(error_model="numpy")
-def few_tokens(matrix, first, stop, tokens, count, outputs, base, scratch):
-    """Rows [first, stop) four at a time, each four by all tokens."""
+def _four_apart(matrix, row, step, ahead, tokens, count, outputs, base, scratch):
+    """Rows row, row + step, ... by all tokens; step 0: one row. The rows `ahead` of them are asked for meanwhile, or of
+    long rows what comes next."""
     bits4 = get64(matrix, PATH) == BY_INT4
-    columns, last, layout = get64(matrix, IN), get64(matrix, OUT) - 1, get64(matrix, LAYOUT)
-    codes, code_row = get64(matrix, CODES), get64(matrix, CODE_ROW)
-    scales, scale_row = get64(matrix, SCALES), get64(matrix, SCALE_ROW)
-    full = columns // CHUNK
-    end = scratch + _ENDS
-    end_row = 64 if bits4 else 128
-    end_scales = scratch + _END_SCALES
-    for row in range(first, stop, 4):
-        r1, r2, r3 = min(row + 1, last), min(row + 2, last), min(row + 3, last)
-        c0, c1, c2, c3 = codes + row * code_row, codes + r1 * code_row, codes + r2 * code_row, codes + r3 * code_row
-        s0, s1, s2, s3 = (
-            scales + row * scale_row,
-            scales + r1 * scale_row,
-            scales + r2 * scale_row,
-            scales + r3 * scale_row,
-        )
+    columns, layout = get64(matrix, IN), get64(matrix, LAYOUT)
+    code_row, scale_row = get64(matrix, CODE_ROW), get64(matrix, SCALE_ROW)
+    codes, scales = get64(matrix, CODES) + row * code_row, get64(matrix, SCALES) + row * scale_row
+    code_step, scale_step = step * code_row, step * scale_row
+    full, end = columns // CHUNK, scratch + _ENDS
+    if full * CHUNK < columns:
+        _copy_ends(matrix, row, step, 4, scratch)
+    if ahead:
+        for r in range(4):
+            for line in range(0, scale_row, 64):
+                ask_for(scales + r * scale_step + ahead * scale_row + line)
+    ahead = min(ahead * code_row, AHEAD) if code_row > AHEAD else ahead * code_row
+    for t in range(count):
+        x = get64(tokens, t)
+        zero_bytes(scratch + _SUMS, 64)
+        if bits4:
+            four_rows4(codes, code_step, scales, scale_step, x, full, layout, scratch + _SUMS, ahead)
+        else:
+            four_rows8(codes, code_step, scales, scale_step, x, full, layout, scratch + _SUMS, ahead)
+        ahead = 0
         if full * CHUNK < columns:
-            _copy_ends(matrix, row, 4, scratch)
-        # the four rows after these; the processor's own prefetch stops at a page's end
-        ahead = 4 * code_row if row + 8 <= stop else 0
-        for line in range(0, 4 * scale_row if ahead else 0, 64):
-            ask_for(s0 + 4 * scale_row + line)
-        for t in range(count):
-            x = get64(tokens, t)
-            zero_bytes(scratch + _SUMS, 64)
+            x += full * CHUNK_BYTES
             if bits4:
-                four_rows4(c0, c1, c2, c3, s0, s1, s2, s3, x, full, layout, scratch + _SUMS, ahead)
+                four_rows4(end, 64, scratch + _END_SCALES, 8, x, 1, G32, scratch + _SUMS, 0)
             else:
-                four_rows8(c0, c1, c2, c3, s0, s1, s2, s3, x, full, layout, scratch + _SUMS, ahead)
-            if full * CHUNK < columns:
-                e1, e2, e3 = end + end_row, end + 2 * end_row, end + 3 * end_row
-                t1, t2, t3 = end_scales + 8, end_scales + 16, end_scales + 24
-                x += full * CHUNK_BYTES
-                if bits4:
-                    four_rows4(end, e1, e2, e3, end_scales, t1, t2, t3, x, 1, G32, scratch + _SUMS, 0)
-                else:
-                    four_rows8(end, e1, e2, e3, end_scales, t1, t2, t3, x, 1, G32, scratch + _SUMS, 0)
-            finish_four(scratch + _SUMS, scratch + _SUMS + 64)
-            output = get64(outputs, t) + 4 * (row - base)
-            copy_bytes(output, scratch + _SUMS + 64, 4 * min(4, stop - row))
+                four_rows8(end, 128, scratch + _END_SCALES, 8, x, 1, G32, scratch + _SUMS, 0)
+        totals = scratch + _SUMS + 64
+        finish_four(scratch + _SUMS, totals)
+        output = get64(outputs, t) + 4 * (row - base)
+        for r in range(4 if step else 1):
+            setf(output + 4 * r * step, getf(totals + 4 * r))
+
+
+@numba.njit(error_model="numpy")
+def few_tokens(matrix, first, stop, tokens, count, outputs, base, scratch):
+    """Rows [first, stop), each of four from its own quarter: so memory is read in four long runs, which the processor's
+    own prefetch follows; it stops at a page's end, and ours goes on."""
+    each = (stop - first) // 4
+    for k in range(each):
+        ahead = 1 if k + 1 < each else 3 * each + 1  # then the next task's rows
+        if first + k + 3 * each + ahead >= get64(matrix, OUT):
+            ahead = 0
+        _four_apart(matrix, first + k, each, ahead, tokens, count, outputs, base, scratch)
+    for row in range(first + 4 * each, stop):
+        _four_apart(matrix, row, 0, 0, tokens, count, outputs, base, scratch)
 
 
 @numba.njit(error_model="numpy")
@@ -139,7 +147,7 @@ def _build_panel(matrix, row, scratch, scales_at):
         for r in range(PANEL_ROWS):
             setf(scales_at + group * 64 + 4 * r, bf16_at(get64(table, r), index))
     if full * CHUNK < columns:
-        _copy_ends(matrix, row, PANEL_ROWS, scratch)
+        _copy_ends(matrix, row, 1, PANEL_ROWS, scratch)
         for r in range(PANEL_ROWS):
             set64(table + 8 * r, scratch + _ENDS + r * chunk_bytes)
         for piece in range(chunk_bytes // 64):

@@ -95,9 +95,15 @@ def _scales_of_four(b, rows, chunk, layout):
     return bf16_to_f32(b, pick(b, together, [4 * r + g for g in range(4) for r in range(4)]))
 
 
+def _four(b, address, step):
+    """Addresses of four rows, `step` bytes apart."""
+    return [b.add(address, b.mul(step, I64(r))) for r in range(4)]
+
+
 def _four_rows(bits):
     def codegen(context, b, _signature, arguments):
-        codes, scales, (x, chunks, layout, sums, ahead) = arguments[:4], arguments[4:8], arguments[8:]
+        code, code_step, scale, scale_step, x, chunks, layout, sums, ahead = arguments
+        codes, scales = _four(b, code, code_step), _four(b, scale, scale_step)
 
         def body(i, carried):
             chunk = b.add(x, b.mul(i, I64(CHUNK_BYTES)))
@@ -114,18 +120,18 @@ def _four_rows(bits):
         store(b, sums, total)
         return context.get_dummy_value()
 
-    return types.none(*[types.int64] * 13), outlined(f"k2lite_four_rows{bits}", codegen)
+    return types.none(*[types.int64] * 9), outlined(f"k2lite_four_rows{bits}", codegen)
 
 
 @intrinsic
-def four_rows4(typingctx, c0, c1, c2, c3, s0, s1, s2, s3, x, chunks, layout, sums, ahead):
-    """Add `chunks` chunks of four 4-bit rows (codes c, scales s) times x to the running sums, 64 bytes. What lies
-    `ahead` bytes on is asked for meanwhile."""
+def four_rows4(typingctx, codes, code_step, scales, scale_step, x, chunks, layout, sums, ahead):
+    """Add `chunks` chunks of four 4-bit rows, steps apart, times x to the running sums, 64 bytes. What lies `ahead`
+    bytes on is asked for meanwhile."""
     return _four_rows(4)
 
 
 @intrinsic
-def four_rows8(typingctx, c0, c1, c2, c3, s0, s1, s2, s3, x, chunks, layout, sums, ahead):
+def four_rows8(typingctx, codes, code_step, scales, scale_step, x, chunks, layout, sums, ahead):
     """The same for 8-bit rows."""
     return _four_rows(8)
 

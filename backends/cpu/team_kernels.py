@@ -31,7 +31,7 @@ from .pointers import (
 # Offsets in bytes of the shared state; what different threads write lies on different cache lines.
 WORD, SLEEPERS, COUNTER = 0, 64, 128
 KERNEL, ARGUMENTS, TASKS, SCRATCH, SCRATCH_BYTES, STOP = (192 + 8 * i for i in range(6))
-SYSCALL, FUTEX, CLOCK, AT, FIRST = (256 + 8 * i for i in range(5))
+SYSCALL, FUTEX, CLOCK, AT, FIRST, GRABS = (256 + 8 * i for i in range(6))
 TIME, WAITING = 320, 384  # the caller's clock; 1 while the caller sleeps until the helpers have left
 STATE_BYTES = 448
 PHASE = 4  # integers before a phase's arguments
@@ -44,16 +44,19 @@ WAIT, WAKE = 128, 129  # private to the process
 
 @numba.njit(nogil=True, error_model="numpy")
 def work(state: int, member: int, end_ns: int) -> int:
-    """Take tasks until none is left, or until the time is up; returns the first task that nobody has taken."""
+    """Take tasks until none is left, or until the time is up; returns the first task that nobody has taken. Of many
+    tasks some are taken at once: neighbours read memory that lies together."""
     function, arguments, tasks = get64(state + KERNEL, 0), get64(state + ARGUMENTS, 0), get64(state + TASKS, 0)
     scratch = get64(state + SCRATCH, 0) + member * get64(state + SCRATCH_BYTES, 0)
     clock = get64(state + CLOCK, 0)
-    task = atomic_add(state + COUNTER, 1)
-    while task < tasks:
-        call3(function, arguments, task, scratch)
+    some = max(1, tasks // get64(state + GRABS, 0))
+    first = atomic_add(state + COUNTER, some)
+    while first < tasks:
+        for task in range(first, min(first + some, tasks)):
+            call3(function, arguments, task, scratch)
         if end_ns and clock_ns(clock, state + TIME) > end_ns:
             return min(atomic_swap(state + COUNTER, tasks), tasks)
-        task = atomic_add(state + COUNTER, 1)
+        first = atomic_add(state + COUNTER, some)
     return tasks
 
 

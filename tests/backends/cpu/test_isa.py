@@ -23,8 +23,8 @@ from k2lite.backends.cpu.int_tiles import four_rows4, four_rows8
 isa.selected()
 @numba.njit("void(int64,int64)")
 def tile(a, n):
-    four_rows4(a, a, a, a, a, a, a, a, a, n, 0, a, 0)
-    four_rows8(a, a, a, a, a, a, a, a, a, n, 0, a, 0)
+    four_rows4(a, n, a, n, a, n, 0, a, 0)
+    four_rows8(a, n, a, n, a, n, 0, a, 0)
 print(*tile.inspect_asm().values())
 """
 INSTRUCTIONS = {"vnni": ("vpdpbusd", "%zmm"), "avx2": ("vpmaddubsw", "%ymm"), "generic": ("pmullw", "%xmm")}

@@ -52,6 +52,16 @@ def test_threads_are_what_the_process_may_use() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True).stdout == "1\n"
 
 
+@pytest.mark.parametrize("rows", [255, 256, 257, 511, 2999])
+def test_tasks_that_are_taken_by_the_handful_run_each(rows: int) -> None:
+    x, weight_of_one = torch.randn(rows, 160, generator=torch.Generator().manual_seed(rows)), torch.ones(160)
+    alone, together = CpuBackend(threads=1), CpuBackend(threads=2)
+    expected = torch.cat([alone.rms_norm(row[None], weight_of_one, 1e-6) for row in x])
+    assert torch.equal(together.rms_norm(x, weight_of_one, 1e-6), expected)
+    alone.close()
+    together.close()
+
+
 @pytest.mark.parametrize("threads", [0, -1, 5000])
 def test_a_number_of_threads_out_of_range_is_refused(threads: int) -> None:
     with pytest.raises(RequestError, match=f"threads is {threads}; expected 1 to 1024"):
