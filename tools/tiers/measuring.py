@@ -93,7 +93,7 @@ class Watched:
         """What `k2lite plan --routing` says of the engine's placement, with bandwidths measured now."""
         assert self.trace is not None
         config, checkpoint = self.engine.config, self.cache.store.checkpoint
-        machine = this_machine(self.engine.placement.budget_bytes, store_rate(self.cache.store))
+        machine = this_machine(self.engine.placement.budget_bytes, store_rate(self.cache.store), self.engine.backend)
         model = ModelBytes(WeightBytes.of(config, checkpoint), checkpoint.trunk_module(EMBEDDINGS).nbytes)
         speeds = traced_speeds(
             config, model, machine.rates, self.engine.placement, self.trace, chunk_tokens=chunk_tokens
