@@ -166,9 +166,9 @@ def prefill_speed(
     share: float | None = None,
 ) -> float:
     """Tokens/s of reading a prompt in chunks of `tokens`: each expert that is touched is read once a chunk. `share`: of
-    a layer's experts that such a chunk touches, where it is known. On a processor alone the trunk's arithmetic is added to
-    the reads: a layer's experts are known only after it, and few of the next layer's have room before. 0 where the host multiplies and its operations a
-    second are not known."""
+    a layer's experts that such a chunk touches, where it is known. On a processor alone the trunk's arithmetic is added
+    to the reads: a layer's experts are known only after it, and few of the next layer's have room before. 0 where the
+    host multiplies and its operations a second are not known."""
     bank = work.experts * work.expert
     touched = bank * (touched_share(tokens) if share is None else share)
     drive_s = (1 - min(1.0, (held + on_device) / bank)) * touched / rates.drive

@@ -287,10 +287,6 @@ class ExpertCache(ExpertSource):
             for read in self._arrivals.take():
                 self._finish(read)
 
-    def holds(self, key: ExpertKey) -> bool:
-        """Whether an expert has a slot, readable already or not yet."""
-        return key in self._table
-
     @property
     def is_reading(self) -> bool:
         return self._reading > 0

@@ -103,7 +103,7 @@ class Watched:
     def others(self, count: int) -> list[ExpertKey]:
         """So many experts that have no slot now and were not just read: what a step's misses are, too."""
         just, every = set(self.read), self.cache.store.checkpoint.expert_keys()
-        left = [key for key in every if not self.cache.holds(key) and key not in just]
+        left = [key for key in every if key not in self.cache._table and key not in just]
         return self._drawn.sample(left, min(count, len(left)))
 
     @contextmanager
