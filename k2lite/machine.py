@@ -9,6 +9,7 @@ tflops are the accelerator's if there is one, and host_tflops the processor's be
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,11 @@ from typing import Any
 
 import torch
 
+from k2lite.backends.base import Backend
 from k2lite.quant.errors import ConfigError
 from k2lite.quant.file_reading import read_json_object, shown
+from k2lite.quant.formats import format_named
+from k2lite.quant.types import QuantTensor
 
 from .byte_sizes import parse_bytes
 from .speed_model import Bandwidths
@@ -28,6 +32,8 @@ _REQUIRED = ("ram", "ram_gb_per_s", "drive_gb_per_s", "tflops")
 _OPTIONAL = ("name", "reserve", "vram", "vram_gb_per_s", "bus_gb_per_s", "host_tflops", "layer_ms")
 LAYER_S = 0.1e-3
 _SUM_BYTES = 256 << 20
+# As many as one expert gets of a long prompt, and a few times more.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,10 @@ def read_machine(path: Path) -> Machine:
     return Machine(str(raw.get("name", path.stem)), max(0, memory), device, rates)
 
 
-def this_machine(memory_bytes: int, drive_bytes_per_s: float) -> Machine:
-    """This machine; memory and arithmetic are measured, in about a second."""
-    rates = Bandwidths(measure_memory(), drive_bytes_per_s, measure_flops(), LAYER_S, one_bus=True)
+def this_machine(memory_bytes: int, drive_bytes_per_s: float, backend: Backend | None = None) -> Machine:
+    """This machine; memory and arithmetic, that of `backend` if it is the processor's, are measured in about a
+    second."""
+    rates = Bandwidths(measure_memory(), drive_bytes_per_s, measure_flops(backend), LAYER_S, one_bus=True)
     return Machine("this machine", memory_bytes, 0, rates)
 
 
@@ -81,12 +88,19 @@ def measure_memory() -> float:
         return _SUM_BYTES / _best(lambda: values.sum(), 5)
 
 
-def measure_flops() -> float:
-    """Operations a second of a BF16 product as wide as an expert of Kimi-K2's."""
-    x = torch.ones(256, 7168, dtype=torch.bfloat16)
-    weight = torch.ones(2048, 7168, dtype=torch.bfloat16)
-    with _all_threads():
-        return 2 * 256 * 7168 * 2048 / _best(lambda: x @ weight.T, 3)
+def measure_flops(backend: Backend | None = None) -> float:
+    """Operations a second of a product as wide as an expert of Kimi-K2's, by the kernels that will do it: INT4 or
+    BF16, the first that `backend` takes. Without one, or with an accelerator's, of torch in BF16."""
+    shape = (2048, 7168)
+    if backend is None or backend.device.type != "cpu":
+        x, weight = torch.ones(_ROWS, shape[1], dtype=torch.bfloat16), torch.ones(shape, dtype=torch.bfloat16)
+        with _all_threads():
+            return 2 * _ROWS * math.prod(shape) / _best(lambda: x @ weight.T, 3)
+    known = backend.capabilities().formats
+    form = next((format_named(name) for name in ("int4_g32", "bf16") if name in known), format_named("f32"))
+    parts = {suffix: torch.ones(size, dtype=dtype) for suffix, (dtype, size) in form.parts(shape).items()}
+    stored, rows = backend.upload_matrix(QuantTensor(form, shape, parts)), torch.ones(_ROWS, shape[1])
+    return 2 * _ROWS * math.prod(shape) / _best(lambda: backend.linear(rows, stored), 3)
 
 
 @contextmanager

@@ -47,6 +47,8 @@ class Model:
     def hidden_states(self, ids: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
         """Final hidden states float32 [T, D] of token ids int64 [T]. The caches in `rows` hold the tokens' latents
         afterwards; they become part of the sequences by `advance`, which is the caller's."""
+        if len(ids) > DECODE_TOKENS:
+            self._experts.prompt_begins(len(ids), self.config.num_experts_per_tok)
         rotation = Rotation(self.config, rows, self._backend)
         x = self._backend.embed(there(ids, self._backend), self._trunk.embed_tokens)
         for index, layer in enumerate(self._trunk.layers):

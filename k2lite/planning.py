@@ -59,7 +59,8 @@ def work_of(config: ModelConfig, model: ModelBytes) -> Work:
     matrices = [
         spec.shape for name, spec in schema.trunk.items() if len(spec.shape) == 2 and "embed_tokens" not in name
     ]
-    elements = sum(out * width for out, width in matrices) + active * sum(out * width for out, width in projections)
+    trunk = sum(out * width for out, width in matrices)
+    elements = trunk + active * sum(out * width for out, width in projections)
     weights = model.weights
     return Work(
         trunk_read=weights.trunk - model.embeddings,
@@ -68,6 +69,8 @@ def work_of(config: ModelConfig, model: ModelBytes) -> Work:
         active=active,
         layers=config.num_hidden_layers,
         flops_per_token=2 * elements,
+        # a prompt's tokens but the last never meet the head
+        trunk_flops=2 * (trunk - config.vocab_size * config.hidden_size),
     )
 
 

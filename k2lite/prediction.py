@@ -41,7 +41,9 @@ def measure_rates(engine: Engine, *, quick: bool = False) -> Bandwidths:
             drive = store_rate(store, seconds=QUICK_S if quick else RATE_S)
         finally:
             store.close()
-    return Bandwidths(measure_memory(), drive, math.inf if quick else measure_flops(), LAYER_S, one_bus=True)
+    return Bandwidths(
+        measure_memory(), drive, math.inf if quick else measure_flops(engine.backend), LAYER_S, one_bus=True
+    )
 
 
 def model_bytes(engine: Engine) -> ModelBytes:

@@ -50,7 +50,8 @@ class Bandwidths:
 
 @dataclass(frozen=True)
 class Work:
-    """What one token moves, in bytes, and how many experts of how many it needs. `active` of all layers together."""
+    """What one token moves, in bytes, and how many experts of how many it needs. `active` of all layers together;
+    `trunk_flops` are those of the operations that no expert does."""
 
     trunk_read: float
     expert: float
@@ -58,6 +59,7 @@ class Work:
     active: int
     layers: int
     flops_per_token: float
+    trunk_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -164,21 +166,25 @@ def prefill_speed(
     share: float | None = None,
 ) -> float:
     """Tokens/s of reading a prompt in chunks of `tokens`: each expert that is touched is read once a chunk. `share`: of
-    a layer's experts that such a chunk touches, where it is known. 0 where the host multiplies and its operations a
-    second are not known."""
+    a layer's experts that such a chunk touches, where it is known. On a processor alone the trunk's arithmetic is added
+    to the reads: a layer's experts are known only after it, and few of the next layer's have room before. 0 where the
+    host multiplies and its operations a second are not known."""
     bank = work.experts * work.expert
     touched = bank * (touched_share(tokens) if share is None else share)
     drive_s = (1 - min(1.0, (held + on_device) / bank)) * touched / rates.drive
-    flops = rates.flops
+    flops, trunk_s = rates.flops, 0.0
+    flops_per_token = work.flops_per_token
     if rates.one_bus:
         carry_s = (touched + work.trunk_read) / rates.memory
+        trunk_s = tokens * work.trunk_flops / flops
+        flops_per_token -= work.trunk_flops
     elif place == "host":
         carry_s, flops = touched / rates.memory, rates.host_flops
         if not flops:
             return 0.0
     else:
         carry_s = (1 - on_device / bank) * touched / rates.bus
-    return tokens / max(drive_s, carry_s, tokens * work.flops_per_token / flops)
+    return tokens / (max(drive_s, carry_s, tokens * flops_per_token / flops) + trunk_s)
 
 
 def what_would_help(

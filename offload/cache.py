@@ -31,6 +31,8 @@ from .uninterrupted import uninterrupted
 
 # A guess that is wrong more often than not costs more than it hides.
 MIN_CHANCE = 0.5
+# Uses an expert of a prompt from which on it touches half of a layer's experts and more (facts/routing.md, section 4).
+MIN_USES = 2
 
 
 # The contract of a lease, each sentence a test in tests/offload/test_lease.py:
@@ -127,6 +129,12 @@ class ExpertCache(ExpertSource):
         row = self._row[layer]
         before = self._last[1] if self._last is not None and self._last[0] == row - 1 else None
         self._read_ahead(row, before, ranked)
+
+    @uninterrupted()
+    def prompt_begins(self, tokens: int, active: int) -> None:
+        self.collect()
+        if tokens * active >= MIN_USES * self.stats.counts.shape[1]:
+            self._read_most_of(0)
 
     def learned(self) -> dict[str, State]:
         return {
@@ -227,15 +235,9 @@ class ExpertCache(ExpertSource):
     def read_on(self, layer: int, asked: int) -> None:
         """A prompt has nothing left to ask of `layer`, of whose experts it used `asked`: of the next layer it will use
         as large a share, so the drive goes on there while this layer computes."""
-        row, n_experts = self._row[layer] + 1, self.stats.counts.shape[1]
-        if row == len(self._layers) or asked < MIN_CHANCE * n_experts or not self.governor.allows_any:
-            return
-        for expert in np.argsort(-self.stats.counts[row], kind="stable").tolist():
-            if not self._ring:
-                return
-            key = ExpertKey(self._layers[row], expert)
-            if key not in self._table and key not in self.elsewhere:
-                self._guess(key)
+        row = self._row[layer] + 1
+        if row < len(self._layers) and asked >= MIN_CHANCE * self.stats.counts.shape[1]:
+            self._read_most_of(row)
 
     @uninterrupted()
     def settle(self, layer: int) -> None:
@@ -259,6 +261,7 @@ class ExpertCache(ExpertSource):
         self.policy.evict(self._row[key.layer], key.expert)
         self._residents -= 1
         del self._table[key]
+        self._guesses.pop(key, None)
         return held.slot
 
     @uninterrupted()
@@ -311,9 +314,21 @@ class ExpertCache(ExpertSource):
             left -= 1
             self._guess(key)
 
-    def _guess(self, key: ExpertKey) -> None:
+    def _read_most_of(self, row: int) -> None:
+        """A prompt will use most of a layer's experts: begin to read as many as have a place where nobody is, in the
+        arena as long as it is not full (a first prompt's reads begin with its first layer), then in the ring."""
+        if not self.governor.allows_any:
+            return
+        for expert in np.argsort(-self.stats.counts[row], kind="stable").tolist():
+            if not self._free and not self._ring:
+                return
+            key = ExpertKey(self._layers[row], expert)
+            if key not in self._table and key not in self.elsewhere:
+                self._guess(key, in_ring=not self._free)
+
+    def _guess(self, key: ExpertKey, *, in_ring: bool = True) -> None:
         self._counters.prefetch.issued += 1
-        self._begin(key, self._ring.pop(), in_ring=True, is_guess=True)
+        self._begin(key, (self._ring if in_ring else self._free).pop(), in_ring=in_ring, is_guess=True)
 
     def _pinned_read(self, key: ExpertKey, slot: int, *, in_ring: bool) -> Held:
         held = self._begin(key, slot, in_ring=in_ring)
@@ -364,6 +379,8 @@ class ExpertCache(ExpertSource):
     def _evict(self, victim: tuple[int, int]) -> int:
         row, expert = victim
         held = self._table.pop(ExpertKey(self._layers[row], expert))
+        if self._guesses.pop(held.key, None) is not None:
+            self._counters.prefetch.wasted += 1
         if held.pins or held.in_ring or held.weights is None:
             raise RuntimeError(f"the policy {self.policy.name} evicts {held.key}, which is leased or not resident")
         self.policy.evict(row, expert)
@@ -372,7 +389,7 @@ class ExpertCache(ExpertSource):
         return held.slot
 
     def _drop_guesses(self) -> None:
-        for held in list(self._guesses.values()):
+        for held in [held for held in self._guesses.values() if held.in_ring]:
             self._drop_guess(held)
 
     def _drop_guess(self, held: Held) -> None:
@@ -382,6 +399,10 @@ class ExpertCache(ExpertSource):
                 self.store.cancel(held.read)
             return
         self._counters.prefetch.wasted += 1
+        if not held.in_ring:  # it took nobody's place, and is resident by now
+            held.is_guess = False
+            del self._guesses[held.key]
+            return
         self._counters.prefetch.wasted_bytes += self.arena.slot_bytes
         self._drop(held)
 

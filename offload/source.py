@@ -114,6 +114,10 @@ class ExpertSource(ABC):
     def hint(self, layer: int, ranked: Sequence[int] | None) -> None:
         """Guesses of what `layer` will use next, best first; None: nobody has one, statistics are all there is."""
 
+    def prompt_begins(self, tokens: int, active: int) -> None:  # noqa: B027 (a source may have nothing to gain)
+        """A step of so many tokens, each of which will use `active` experts of every layer, begins; the layers before
+        the first with experts come first. What is read meanwhile changes speed, never tokens."""
+
     @abstractmethod
     def learned(self) -> dict[str, State]:
         """What routing has shown so far, by part, for `recall`."""
@@ -157,6 +161,9 @@ class ForwardingSource(ExpertSource):
 
     def hint(self, layer: int, ranked: Sequence[int] | None) -> None:
         self._source.hint(layer, ranked)
+
+    def prompt_begins(self, tokens: int, active: int) -> None:
+        self._source.prompt_begins(tokens, active)
 
     def learned(self) -> dict[str, State]:
         return self._source.learned()

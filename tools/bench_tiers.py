@@ -3,11 +3,11 @@
     python tools/make_slice.py SLICE --format int4 --vocab 32768 --trunk int8_g128 --lm-head int8_g128
     python tools/bench_tiers.py SLICE [--routing TRACE] [--limit 8GB] [--only start,decode,plan,memory] [--json]
 
-Each measurement is a process of its own inside a memory control group of --limit bytes. What the steps read is read
-once more alone, in the same run: the store's own rate. `start`: from nothing to the first token after a prompt of one,
-the model's files not in the page cache. `decode`: steps against missing bytes / drive + trunk / memory, and a prompt of
-512 tokens against reading each expert once. `plan`: predicted against measured speed. `memory`: 2,000 tokens against
-the plan's bytes.
+Each measurement is a process of its own inside a memory control group of --limit bytes. As many other experts as the
+steps read are read alone, in the same run: the store's own rate. `start`: from nothing to the first token after a
+prompt of one, the model's files not in the page cache. `decode`: steps against missing bytes / drive + trunk / memory,
+and a prompt of 512 tokens against reading each expert once. `plan`: predicted against measured speed. `memory`: 2,000
+tokens against the plan's bytes.
 """
 
 from __future__ import annotations

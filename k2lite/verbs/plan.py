@@ -124,7 +124,7 @@ def _machine(args: argparse.Namespace, backend: Backend, checkpoint: Checkpoint 
         machine = read_machine(args.machine)
         return machine if ram is None else replace(machine, memory_bytes=ram)
     rate = _drive_rate(args, checkpoint)
-    return this_machine(spare_bytes(_ram(backend)) if ram is None else ram, rate)
+    return this_machine(spare_bytes(_ram(backend)) if ram is None else ram, rate, backend)
 
 
 def _drive_rate(args: argparse.Namespace, checkpoint: Checkpoint | None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,4 +95,7 @@ def test_more_memory_and_faster_parts_never_slow_a_plan() -> None:
     assert all(factor >= 1 for factor in what_would_help(work, rates, held=60e9).values())
     prompts = [prefill_speed(work, rates, tokens, held=60e9) for tokens in (1, 16, 128, 1024, 4096)]
     assert prompts == sorted(prompts)
+    assert prefill_speed(replace(work, trunk_flops=22e9), rates, 512, held=60e9) == pytest.approx(
+        512 / (512 / prefill_speed(work, rates, 512, held=60e9) + 512 * 22e9 / 1e12)
+    )
     assert [hit_rate("low", share) for share in (-1, 0, 0.02, 1, 2)] == [0, 0, 0.10, 1, 1]

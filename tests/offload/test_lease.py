@@ -214,6 +214,33 @@ def test_between_two_layers_of_a_prompt_the_drive_goes_on(tiny_folder: Path, sto
     settled(cache)
 
 
+def test_a_prompt_that_begins_reads_into_places_that_nobody_has(tiny_folder: Path, stored: Stored) -> None:
+    cache = open_cache(tiny_folder, 6, ring=1, prefetch_width=1)
+    cache.prompt_begins(1, 3)  # as little as that says nothing of any expert
+    assert not cache.is_reading
+    with cache.lease(2, [7]) as lease:
+        take_all(lease)
+    cache.prompt_begins(6, 3)
+    while cache.is_reading:
+        cache.collect(wait=True)
+    assert (cache.counters.read_experts, cache.counters.prefetch.issued, cache.resident_experts) == (6, 5, 5)
+    with cache.lease(2, [7]) as lease:  # nobody lost a place
+        demand_right(2, take_all(lease), stored)
+    assert cache.counters.hit_experts == 1
+    with cache.lease(1, [1, 2, 6], keep=[1, 2]) as lease:
+        for group in lease.ready():
+            demand_right(1, group, stored)
+    # what was read ahead is read once and is no hit; what was not asked for stays where nobody else was
+    assert (cache.counters.read_experts, cache.counters.hit_experts) == (7, 1)
+    assert (cache.counters.prefetch.useful, cache.counters.prefetch.wasted) == (2, 3)
+    with cache.lease(1, [0, 3]) as lease:
+        demand_right(1, take_all(lease), stored)
+    assert (cache.counters.read_experts, cache.counters.hit_experts) == (7, 3)
+    cache.prompt_begins(6, 3)  # only the ring is left
+    assert cache.counters.prefetch.issued == 6
+    settled(cache)
+
+
 def test_where_no_slot_can_be_had_is_an_error_and_no_dead_lock(tiny_folder: Path) -> None:
     cache = open_cache(tiny_folder, 3, ring=1)
     with cache.lease(1, [0, 1, 2]) as lease:
