@@ -85,11 +85,13 @@ class Capabilities:
 @dataclass(frozen=True)
 class ExpertSlot:
     """What an expert takes in a backend's memory: bytes of one slot, how many slots one arena may have at most, and
-    whether the bytes are others than those stored (then experts go through `pack_expert` before they multiply)."""
+    whether the bytes are others than those stored (then experts go through `pack_expert` before they multiply).
+    beside_bytes: what multiplying wants besides for each slot of the largest arena; all arenas share it."""
 
     nbytes: int
     max_slots: int | None = None
     repacked: bool = False
+    beside_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,10 @@ from .base import (
     UnsupportedOperationError,
 )
 from .forwarding import ForwardingBackend
+from .packing import copy_into_slot
 from .reference import ReferenceBackend
+from .torch_device.backend import TorchDeviceBackend
+from .torch_device.expert_link import Copy, ExpertLink
 
 T = TypeVar("T")
 
@@ -76,6 +79,17 @@ class FallbackBackend(ForwardingBackend):
         if self._lacks(*(matrix.format.name for matrix in src), experts=True):
             return super().pack_expert(src, slot)
         return self._inner.pack_expert(src, slot)
+
+    def expert_link(self) -> ExpertLink:
+        """An accelerator's way of experts, with this backend's choice of how each goes into its slot."""
+        if not isinstance(self._inner, TorchDeviceBackend):
+            raise TypeError(f"backend {self.name} has no link to a device")
+        return self._inner.expert_link(partial(self._place, self._inner))
+
+    def _place(self, device: TorchDeviceBackend, src: ExpertWeights, slot: torch.Tensor, copy: Copy) -> ExpertWeights:
+        if self._lacks(*(matrix.format.name for matrix in src), experts=True):
+            return copy_into_slot(src, slot, copy)
+        return device.place_expert(src, slot, copy)
 
     def linear(self, x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
         return self._try("linear", [weight], lambda backend: backend.linear(x, weight))

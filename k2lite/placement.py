@@ -37,7 +37,8 @@ ExpertsOn = Literal["host", "device", "split"]
 @dataclass(frozen=True)
 class DeviceShare:
     """Bytes by purpose in the memory of the accelerator `name`. `slots` is how many experts have room there,
-    `passing_slots` of them for those that pass through; with experts on the host there is none."""
+    `passing_slots` of them for those that pass through; with experts on the host there is none. `beside_bytes` come on
+    top for each slot of the largest arena, which has `arena_slots` at most (None: all)."""
 
     name: str
     budget_bytes: int
@@ -48,10 +49,24 @@ class DeviceShare:
     slots: int
     passing_slots: int
     slot_bytes: int
+    beside_bytes: int = 0
+    arena_slots: int | None = None
 
     @property
     def arena_bytes(self) -> int:
-        return self.slots * self.slot_bytes
+        """Of all arenas, and what multiplying takes beside them."""
+        return self.slots * self.slot_bytes + self._largest(self.slots) * self.beside_bytes
+
+    def room(self, nbytes: int) -> int:
+        """How many slots fit into so many bytes."""
+        if not self.slot_bytes:
+            return 0
+        slots = nbytes // (self.slot_bytes + self.beside_bytes)
+        most = self._largest(slots)
+        return max(slots, (nbytes - most * self.beside_bytes) // self.slot_bytes) if most < slots else slots
+
+    def _largest(self, slots: int) -> int:
+        return slots if self.arena_slots is None else min(slots, self.arena_slots)
 
     @property
     def resident_slots(self) -> int:

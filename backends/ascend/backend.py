@@ -32,8 +32,9 @@ from ..torch_device.expert_link import Copy
 from ..torch_device.torch_pinned import PinningRuntime, TorchPinnedPool
 from .attention import attention, causal_mask
 from .experts import GroupedExperts
-from .layout import ALIGNMENT, CODES, SCALES, WEIGHT, Arena, ExpertKind, PackedAlongOutputs, pack_into, packed_matrix
+from .layout import ALIGNMENT, CODES, SCALES, WEIGHT, Arena, ExpertKind, PackedAlongOutputs, add_matrix, packed_matrix
 from .operations import MAX_GROUPS, MAX_SIDE, dense_matmul
+from .packing import Packing
 from .spec import CAPABILITIES
 
 
@@ -46,7 +47,7 @@ class AscendBackend(TorchDeviceBackend):
     def __init__(self, runtime: PinningRuntime) -> None:
         super().__init__(runtime)
         self._pool = TorchPinnedPool(runtime, STAGING_PIECES)
-        self._experts = GroupedExperts()
+        self._experts = GroupedExperts(runtime.device)
         self._slots = WeakTensorKeyDictionary()
         self._staging: dict[ExpertKind, Arena] = {}
         self._mask: torch.Tensor | None = None
@@ -83,11 +84,13 @@ class AscendBackend(TorchDeviceBackend):
         return batched.route(x @ weight.dequantize().T, bias, rule)
 
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
-        return ExpertSlot(ExpertKind.of(expert).nbytes, max_slots=MAX_GROUPS, repacked=True)
+        kind = ExpertKind.of(expert)
+        return ExpertSlot(kind.nbytes, max_slots=MAX_GROUPS, repacked=True, beside_bytes=2 * kind.offsets)
 
     def alloc_slots(self, expert: Sequence[tuple[QuantFormat, Shape]], count: int) -> list[torch.Tensor]:
         """In arenas of at most 1,024 slots, one 3-D tensor for each plane. A slot is named by its first plane."""
         kind = ExpertKind.of(expert)
+        self._experts.reserve(min(count, MAX_GROUPS) * kind.offsets)
         names = []
         for first in range(0, count, MAX_GROUPS):
             slots = min(MAX_GROUPS, count - first)
@@ -143,7 +146,7 @@ class AscendBackend(TorchDeviceBackend):
             # numpy asks for huge pages, and a transposition touches many at once
             room = torch.from_numpy(np.empty(kind.nbytes + ALIGNMENT, np.uint8))
             self._staging[kind] = Arena(kind, room[-room.data_ptr() % ALIGNMENT :][: kind.nbytes], 1)
-        staged = self._staging[kind]
+        staged, packing = self._staging[kind], Packing()
         for name, tensors, matrices in (
             (kind.gate_up, staged.gate_up, (src.gate_proj, src.up_proj)),
             (kind.down, staged.down, (src.down_proj,)),
@@ -152,8 +155,9 @@ class AscendBackend(TorchDeviceBackend):
             for matrix in matrices:
                 rows = matrix.shape[0]
                 if name in PACKED_INT:
-                    pack_into(matrix, tensors[0][0].view(torch.uint8), tensors[1][0], first)
+                    add_matrix(packing, matrix, tensors[0][0].view(torch.uint8), tensors[1][0], first)
                 else:
                     tensors[0][0][first : first + rows] = matrix.parts[WEIGHT]
                 first += rows
+        packing.run()
         return staged
