@@ -45,6 +45,7 @@ class FallbackBackend(ForwardingBackend):
         super().__init__(inner)
         self.name = inner.name  # type: ignore[misc]
         self.contract = inner.contract  # type: ignore[misc]
+        self.layout_version = inner.layout_version  # type: ignore[misc]
         self._plain = ReferenceBackend()
         self._say = say
         self._told: set[str] = set()
@@ -79,6 +80,11 @@ class FallbackBackend(ForwardingBackend):
         if self._lacks(*(matrix.format.name for matrix in src), experts=True):
             return super().pack_expert(src, slot)
         return self._inner.pack_expert(src, slot)
+
+    def packed_views(self, expert: Sequence[tuple[QuantFormat, Shape]], memory: torch.Tensor) -> ExpertWeights:
+        if self._lacks(*(stored.name for stored, _ in expert), experts=True):
+            return super().packed_views(expert, memory)
+        return self._inner.packed_views(expert, memory)
 
     def expert_link(self) -> ExpertLink:
         """An accelerator's way of experts, with this backend's choice of how each goes into its slot."""

@@ -6,7 +6,6 @@ Invariant: the three ways of DESIGN: `device`, bytes move to the accelerator; `h
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Sequence
 
 from k2lite.backends.base import Backend
@@ -15,19 +14,18 @@ from k2lite.backends.torch_device.pinned import PinnedPages
 from k2lite.backends.torch_device.slots import DeviceSlots
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.device_tier import DeviceTier
+from k2lite.offload.packed_copy import reads_in_turn
 from k2lite.offload.packed_source import PackedSource, expert_kinds, expert_rooms
 from k2lite.offload.pinned_arena import PinnedArena
-from k2lite.offload.slots import Arena, slot_bytes_for
+from k2lite.offload.slots import Arena
 from k2lite.offload.source import ExpertSource
-from k2lite.offload.store import ExpertRead, ExpertStore
+from k2lite.offload.store import ExpertStore
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.types import ExpertKey, ExpertWeights
 
 from .device_placement import Accelerator
 from .expert_work import BesideTrunk, ExpertPlaces, OnHost
 from .placement import Placement
-
-READ_SLOTS = 4
 
 
 def device_arena(accelerator: Accelerator, placement: Placement, say: Callable[[str], None]) -> Arena:
@@ -84,18 +82,8 @@ def _put_there(
     keys: Sequence[ExpertKey], store: ExpertStore, backend: Backend, slots: DeviceSlots
 ) -> dict[ExpertKey, ExpertWeights]:
     """Read experts and put them into slots for good. Raises CheckpointError."""
-    arena = Arena(READ_SLOTS, slot_bytes_for(store.checkpoint))
-    done: queue.SimpleQueue[ExpertRead] = queue.SimpleQueue()
-    free, todo, under_way = list(range(READ_SLOTS)), list(keys)[::-1], 0
     there: dict[ExpertKey, ExpertWeights] = {}
-    while todo or under_way:
-        while free and todo:
-            store.start(todo.pop(), arena, free.pop(), done.put)
-            under_way += 1
-        read = done.get()
-        under_way -= 1
-        free.append(read.slot)
-        if read.weights is None:
-            raise read.error or RuntimeError(f"{read.key} was not read")
+    for read in reads_in_turn(store, list(keys)):
+        assert read.weights is not None
         there[read.key] = backend.pack_expert(read.weights, slots.memory(len(there)))
     return there

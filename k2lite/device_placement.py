@@ -13,6 +13,7 @@ from k2lite.backends.base import Backend, ExpertSlot, Memory
 from k2lite.backends.torch_device.backend import TorchDeviceBackend
 from k2lite.backends.torch_device.slots import device_slot_bytes
 from k2lite.offload.device_tier import FEWEST_SLOTS
+from k2lite.offload.packed_copy import PackedCopy
 from k2lite.offload.packed_source import expert_rooms, packing_bytes
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.errors import BackendError, MemoryPlanError, RequestError
@@ -72,15 +73,21 @@ def plan_with_accelerator(
     resident_experts: float | None = None,
     quantized: Mapping[str, Matrix] | None = None,
     sequences: int = 1,
+    packed: PackedCopy | None = None,
 ) -> Placement:
     """As `plan_placement`, with trunk and KV in the accelerator's memory. `ram` is what the host has."""
     context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
     backend = accelerator.backend
-    weights = WeightBytes.of(config, checkpoint, changed)
+    weights = WeightBytes.of(config, checkpoint, changed, packed)
     rooms = expert_rooms(checkpoint, backend)
     share = _share(config, weights, accelerator, rooms, context, sequences)
     where = accelerator.experts_on or _chosen(weights, share)
+    if packed is not None and where != "device":
+        raise RequestError(
+            f"--packed-copy has no effect with experts on the {where}: it holds them for {backend.name}, and the "
+            "processor multiplies them as stored; --experts-on device uses it"
+        )
     _demand_formats(checkpoint, accelerator, where, changed)
     chunk = share.chunk
     device = share.with_slots(where, weights)

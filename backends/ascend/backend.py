@@ -32,7 +32,18 @@ from ..torch_device.expert_link import Copy
 from ..torch_device.torch_pinned import PinningRuntime, TorchPinnedPool
 from .attention import attention, causal_mask
 from .experts import GroupedExperts
-from .layout import ALIGNMENT, CODES, SCALES, WEIGHT, Arena, ExpertKind, PackedAlongOutputs, add_matrix, packed_matrix
+from .layout import (
+    ALIGNMENT,
+    CODES,
+    SCALES,
+    WEIGHT,
+    Arena,
+    ExpertKind,
+    PackedAlongOutputs,
+    PlacedPlain,
+    add_matrix,
+    packed_matrix,
+)
 from .operations import MAX_GROUPS, MAX_SIDE, dense_matmul
 from .packing import Packing
 from .spec import CAPABILITIES
@@ -106,10 +117,17 @@ class AscendBackend(TorchDeviceBackend):
         arena, number = self._slots[slot] if slot in self._slots else (Arena(kind, slot, 1), 0)
         if arena.kind != kind:
             raise ValueError(f"a slot for {arena.kind} and an expert of {kind}")
-        staged = self.staged(src, kind)
-        for here, there in zip(staged.slot(0), arena.slot(number), strict=True):
+        placed = src.gate_proj.format
+        if isinstance(placed, PackedAlongOutputs | PlacedPlain) and placed.arena is not None:
+            planes = placed.arena.slot(placed.slot)  # of a packed copy
+        else:
+            planes = self.staged(src, kind).slot(0)
+        for here, there in zip(planes, arena.slot(number), strict=True):
             copy(here, there).wait()
         return arena.weights(number)
+
+    def packed_views(self, expert: Sequence[tuple[QuantFormat, Shape]], memory: torch.Tensor) -> ExpertWeights:
+        return Arena(ExpertKind.of(expert), memory, 1).weights(0)
 
     def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
         self._experts.multiply(x, work, out)
