@@ -1,8 +1,8 @@
 """A folder beside a checkpoint that holds its routed experts as one backend multiplies them: read into slots, and used.
 
 One file a layer, every expert in a place of its own of whole pages, and packed.json: whose experts they are, for which
-backend, and a checksum of each. Invariant: the folder has its name only when all of it is on the drive; until then it is
-NAME.partial with a journal of what is there, and whoever goes on begins behind that. A copy of another model, or of
+backend, and a checksum of each. Invariant: the folder has its name only when all of it is on the drive; until then it
+is NAME.partial with a journal of what is there, and whoever goes on begins behind that. A copy of another model, or of
 another layout, is refused by what differs. Knows no device.
 """
 

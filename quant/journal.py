@@ -1,4 +1,5 @@
-"""What a run of `quantize`, or of what writes packed experts, has put on the disk so far: one line for each finished piece, appended after its bytes.
+"""What a run of `quantize`, or one that writes a packed copy, has put on the disk so far: one line for each finished
+piece, appended after its bytes.
 
 Invariant: a line that can be read describes bytes that were synced before it was written. The first line holds the
 settings and what the source was. A torn last line is forgotten; its piece is made again. Format: JSON lines.

@@ -84,8 +84,8 @@ def add_packed_copy_argument(parser: argparse.ArgumentParser) -> None:
         "--packed-copy",
         type=Path,
         metavar="DIR",
-        help="for backends that lay experts out anew (ascend, onnx): keep and use them so in DIR; written by the first run, "
-        "as large as the experts",
+        help="for backends that lay experts out anew (ascend, onnx): keep and use them so in DIR; the first run writes "
+        "it, about as large as the experts",
     )
 
 
