@@ -36,17 +36,17 @@ def copy_into_slot(
 
 def views_in_slot(like: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
     """Where the parts of an expert like this one lie in a slot, uint8, once they were copied there."""
-    return views(
-        [
-            (matrix.format, matrix.shape, {suffix: (part.dtype, part.shape) for suffix, part in matrix.parts.items()})
-            for matrix in like
-        ],
-        slot,
+    found = stored_views([(matrix.format, matrix.shape) for matrix in like], slot)
+    return ExpertWeights(
+        *(
+            QuantTensor(matrix.format, matrix.shape, {suffix: room.parts[suffix] for suffix in matrix.parts})
+            for matrix, room in zip(like, found, strict=True)
+        )
     )
 
 
 def stored_views(expert: Sequence[tuple[QuantFormat, Shape]], slot: torch.Tensor) -> ExpertWeights:
-    """The same for matrices that are stored so."""
+    """The same for matrices that are stored so: parts lie in their formats' order."""
     return views([(stored, shape, stored.parts(shape)) for stored, shape in expert], slot)
 
 

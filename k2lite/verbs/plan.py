@@ -72,6 +72,8 @@ def execute(args: argparse.Namespace) -> int:
     )
     facts = {"model": str(args.model), **facts}
     if packed is not None:
+        if machine.device_bytes and facts.get("experts_on", "device") != "device":
+            raise RequestError("--packed-copy has no effect: experts would multiply on the host, as stored")
         facts["packed_copy"] = {"folder": str(packed.folder), "bytes": packed.nbytes, "is_whole": packed.is_whole}
     print(json.dumps(facts) if args.json else as_text(str(args.model), facts))
     return 0
