@@ -164,14 +164,14 @@ class Few(StandInBackend):
 def test_experts_on_a_device_that_lacks_their_format_fall_back_there(tiny_folder: Path, engine: k2lite.Engine) -> None:
     lines: list[str] = []
     options: dict[str, Any] = {"host_backend": "reference", "context": 16, "experts_on": "device"}
-    with pytest.raises(BackendError, match="stand-in can't multiply bf16"):
+    with pytest.raises(BackendError, match="stand-in can't multiply int4_g32"):
         k2lite.load(tiny_folder, backend=Few(), **options)
     options["vram"] = vram_for(tiny_folder, 5, host_backend=ReferenceBackend(), context=16)
     with k2lite.load(tiny_folder, backend=Few(), **options, allow_fallback=True, notify=lines.append) as other:
         assert other.placement.device is not None
         assert other.placement.device.slots == 5
         assert all(torch.equal(a, b) for a, b in zip(logits_of(other), logits_of(engine), strict=True))
-    assert lines == ["backend stand-in: expert_ffn falls back to plain torch: no bf16"]
+    assert lines == ["backend stand-in: expert_ffn falls back to plain torch: no int4_g32"]
 
 
 @pytest.mark.parametrize("where", ["host", "split"])
@@ -186,13 +186,13 @@ def test_a_host_that_lays_experts_out_anew_gets_them_so(tiny_folder: Path, stati
 
         def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
             packed = super().pack_expert(src, slot)
-            for matrix in packed:
-                matrix.parts["weight"].copy_(matrix.parts["weight"].flip(0))
+            for part in (part for matrix in packed for part in matrix.parts.values()):
+                part.copy_(part.flip(0))
             return packed
 
         def expert_ffn(self, x: torch.Tensor, work: Any, out: torch.Tensor) -> Event:
             def back(matrix: QuantTensor) -> QuantTensor:
-                return replace(matrix, parts={"weight": matrix.parts["weight"].flip(0)})
+                return replace(matrix, parts={name: part.flip(0) for name, part in matrix.parts.items()})
 
             return super().expert_ffn(
                 x, [replace(item, expert=ExpertWeights(*map(back, item.expert))) for item in work], out
