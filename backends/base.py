@@ -24,7 +24,7 @@ from k2lite.quant.errors import BackendError
 from k2lite.quant.formats import QuantFormat, Shape
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
-from .packing import copy_into_slot, slot_bytes
+from .packing import copy_into_slot, slot_bytes, stored_views
 
 # Raised by one when a method's meaning changes, or a new one is required.
 CONTRACT = 1
@@ -85,11 +85,13 @@ class Capabilities:
 @dataclass(frozen=True)
 class ExpertSlot:
     """What an expert takes in a backend's memory: bytes of one slot, how many slots one arena may have at most, and
-    whether the bytes are others than those stored (then experts go through `pack_expert` before they multiply)."""
+    whether the bytes are others than those stored (then experts go through `pack_expert` before they multiply).
+    beside_bytes: what multiplying wants besides for each slot of the largest arena; all arenas share it."""
 
     nbytes: int
     max_slots: int | None = None
     repacked: bool = False
+    beside_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     contract: ClassVar[int] = CONTRACT
+    # Raised by a backend when `pack_expert` lays bytes out otherwise: packed copies on the drive are made anew then.
+    layout_version: ClassVar[int] = 1
     device: torch.device
 
     # -- required ---------------------------------------------------------------------------------------------
@@ -208,6 +212,17 @@ class Backend(ABC):
         with, views into it. Where bytes are laid out anew, the matrices returned have a format that dequantizes
         them."""
         return copy_into_slot(src, slot, self.copy)
+
+    def packed_views(self, expert: Sequence[tuple[QuantFormat, Shape]], memory: torch.Tensor) -> ExpertWeights:
+        """An expert that is stored so, as views into `memory`, uint8 [expert_slot(expert).nbytes] of the host, which
+        holds what `pack_expert` left in a slot of `alloc`, on another day perhaps. `pack_expert` takes such weights too
+        and copies their bytes as they are. By default the parts as stored; a backend that lays bytes out anew overrides
+        it to have packed copies (--packed-copy)."""
+        if self.expert_slot(expert).repacked:
+            raise UnsupportedOperationError(
+                f"backend {self.name} lays experts out anew and has no packed_views, so it takes no packed copy"
+            )
+        return stored_views(expert, memory)
 
     def embed(self, ids: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
         """Rows `ids` (int64 [T]) of an unquantized table [vocab, D]: float32 [T, D]."""

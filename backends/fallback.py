@@ -28,7 +28,10 @@ from .base import (
     UnsupportedOperationError,
 )
 from .forwarding import ForwardingBackend
+from .packing import copy_into_slot
 from .reference import ReferenceBackend
+from .torch_device.backend import TorchDeviceBackend
+from .torch_device.expert_link import Copy, ExpertLink
 
 T = TypeVar("T")
 
@@ -42,6 +45,7 @@ class FallbackBackend(ForwardingBackend):
         super().__init__(inner)
         self.name = inner.name  # type: ignore[misc]
         self.contract = inner.contract  # type: ignore[misc]
+        self.layout_version = inner.layout_version  # type: ignore[misc]
         self._plain = ReferenceBackend()
         self._say = say
         self._told: set[str] = set()
@@ -76,6 +80,22 @@ class FallbackBackend(ForwardingBackend):
         if self._lacks(*(matrix.format.name for matrix in src), experts=True):
             return super().pack_expert(src, slot)
         return self._inner.pack_expert(src, slot)
+
+    def packed_views(self, expert: Sequence[tuple[QuantFormat, Shape]], memory: torch.Tensor) -> ExpertWeights:
+        if self._lacks(*(stored.name for stored, _ in expert), experts=True):
+            return super().packed_views(expert, memory)
+        return self._inner.packed_views(expert, memory)
+
+    def expert_link(self) -> ExpertLink:
+        """An accelerator's way of experts, with this backend's choice of how each goes into its slot."""
+        if not isinstance(self._inner, TorchDeviceBackend):
+            raise TypeError(f"backend {self.name} has no link to a device")
+        return self._inner.expert_link(partial(self._place, self._inner))
+
+    def _place(self, device: TorchDeviceBackend, src: ExpertWeights, slot: torch.Tensor, copy: Copy) -> ExpertWeights:
+        if self._lacks(*(matrix.format.name for matrix in src), experts=True):
+            return copy_into_slot(src, slot, copy)
+        return device.place_expert(src, slot, copy)
 
     def linear(self, x: torch.Tensor, weight: QuantTensor) -> torch.Tensor:
         return self._try("linear", [weight], lambda backend: backend.linear(x, weight))

@@ -6,7 +6,7 @@ Invariant: every part begins on a boundary of 64 bytes. Knows no device; copies 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,15 +36,34 @@ def copy_into_slot(
 
 def views_in_slot(like: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
     """Where the parts of an expert like this one lie in a slot, uint8, once they were copied there."""
+    found = stored_views([(matrix.format, matrix.shape) for matrix in like], slot)
+    return ExpertWeights(
+        *(
+            QuantTensor(matrix.format, matrix.shape, {suffix: room.parts[suffix] for suffix in matrix.parts})
+            for matrix, room in zip(like, found, strict=True)
+        )
+    )
+
+
+def stored_views(expert: Sequence[tuple[QuantFormat, Shape]], slot: torch.Tensor) -> ExpertWeights:
+    """The same for matrices that are stored so: parts lie in their formats' order."""
+    return views([(stored, shape, stored.parts(shape)) for stored, shape in expert], slot)
+
+
+def views(
+    matrices: Sequence[tuple[QuantFormat, Shape, Mapping[str, tuple[torch.dtype, Shape]]]], slot: torch.Tensor
+) -> ExpertWeights:
+    """Matrices of format, shape and parts (dtype and shape each) that lie one behind another in a slot, uint8."""
     at = 0
-    packed = []
-    for matrix in like:
-        parts = {}
-        for suffix, part in matrix.parts.items():
-            parts[suffix] = slot[at : at + part.nbytes].view(part.dtype).view(part.shape)
-            at += _aligned(part.nbytes)
-        packed.append(QuantTensor(matrix.format, matrix.shape, parts))
-    return ExpertWeights(*packed)
+    found = []
+    for stored, shape, parts in matrices:
+        there = {}
+        for suffix, (dtype, size) in parts.items():
+            nbytes = dtype.itemsize * math.prod(size)
+            there[suffix] = slot[at : at + nbytes].view(dtype).view(size)
+            at += _aligned(nbytes)
+        found.append(QuantTensor(stored, tuple(shape), there))
+    return ExpertWeights(*found)
 
 
 def _aligned(nbytes: int) -> int:

@@ -6,26 +6,26 @@ Invariant: the three ways of DESIGN: `device`, bytes move to the accelerator; `h
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Sequence
 
 from k2lite.backends.base import Backend
+from k2lite.backends.fallback import FallbackBackend
 from k2lite.backends.torch_device.pinned import PinnedPages
 from k2lite.backends.torch_device.slots import DeviceSlots
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.device_tier import DeviceTier
-from k2lite.offload.packed_source import expert_rooms
+from k2lite.offload.packed_copy import reads_in_turn
+from k2lite.offload.packed_source import PackedSource, expert_kinds, expert_rooms
 from k2lite.offload.pinned_arena import PinnedArena
-from k2lite.offload.slots import Arena, slot_bytes_for
+from k2lite.offload.slots import Arena
 from k2lite.offload.source import ExpertSource
-from k2lite.offload.store import ExpertRead, ExpertStore
+from k2lite.offload.store import ExpertStore
+from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.types import ExpertKey, ExpertWeights
 
 from .device_placement import Accelerator
 from .expert_work import BesideTrunk, ExpertPlaces, OnHost
 from .placement import Placement
-
-READ_SLOTS = 4
 
 
 def device_arena(accelerator: Accelerator, placement: Placement, say: Callable[[str], None]) -> Arena:
@@ -42,47 +42,48 @@ def device_experts(
     device, trunk = placement.device, accelerator.backend
     if device is None:
         raise ValueError("the plan has no accelerator")
-    rooms = expert_rooms(cache.store.checkpoint, trunk) if device.slots else []
-    nbytes = max((room.nbytes for room in rooms), default=0)
-    most = min((room.max_slots for room in rooms if room.max_slots is not None), default=None)
     if placement.multiply_on == "device":
-        slots = DeviceSlots(accelerator.device.runtime, device.slots, nbytes, most)
+        slots = device_slots(accelerator, cache.store.checkpoint, device.slots)
+        rooms = expert_rooms(cache.store.checkpoint, trunk)
         if not isinstance(cache.arena, PinnedArena):
             raise TypeError("experts are sent from a PinnedArena")
         tier = DeviceTier(
             cache,
             cache.arena,
-            accelerator.device.expert_link(),
+            trunk.expert_link() if isinstance(trunk, FallbackBackend) else accelerator.device.expert_link(),
             slots,
             passing=device.passing_slots,
             sends_back=not any(room.repacked for room in rooms),
         )
         return tier, BesideTrunk(trunk)
+    source = PackedSource(cache, accelerator.host) if placement.packs_experts else cache
     if placement.multiply_on == "host" or accelerator.hot is None:
-        return cache, OnHost(trunk, accelerator.host)
+        return source, OnHost(trunk, accelerator.host)
     hottest = accelerator.hot.hottest(device.slots)
-    slots = DeviceSlots(accelerator.device.runtime, device.slots, nbytes, most)
+    slots = device_slots(accelerator, cache.store.checkpoint, device.slots)
     hot = _put_there(hottest, cache.store, trunk, slots)
     cache.elsewhere = hot.keys()
-    return cache, OnHost(trunk, accelerator.host, hot)
+    return source, OnHost(trunk, accelerator.host, hot)
+
+
+def device_slots(accelerator: Accelerator, checkpoint: Checkpoint, count: int) -> DeviceSlots:
+    """Laid out by the backend where all experts are alike and become other bytes; else bytes that take any of them."""
+    runtime, backend = accelerator.device.runtime, accelerator.backend
+    kinds = expert_kinds(checkpoint)
+    rooms = [backend.expert_slot(kind) for kind in kinds]
+    if count and len(kinds) == 1 and rooms[0].repacked:
+        return DeviceSlots(runtime, backend.alloc_slots(kinds[0], count))
+    nbytes = max((room.nbytes for room in rooms), default=0)
+    most = min((room.max_slots for room in rooms if room.max_slots is not None), default=None)
+    return DeviceSlots.of_bytes(runtime, count, nbytes, most)
 
 
 def _put_there(
     keys: Sequence[ExpertKey], store: ExpertStore, backend: Backend, slots: DeviceSlots
 ) -> dict[ExpertKey, ExpertWeights]:
     """Read experts and put them into slots for good. Raises CheckpointError."""
-    arena = Arena(READ_SLOTS, slot_bytes_for(store.checkpoint))
-    done: queue.SimpleQueue[ExpertRead] = queue.SimpleQueue()
-    free, todo, under_way = list(range(READ_SLOTS)), list(keys)[::-1], 0
     there: dict[ExpertKey, ExpertWeights] = {}
-    while todo or under_way:
-        while free and todo:
-            store.start(todo.pop(), arena, free.pop(), done.put)
-            under_way += 1
-        read = done.get()
-        under_way -= 1
-        free.append(read.slot)
-        if read.weights is None:
-            raise read.error or RuntimeError(f"{read.key} was not read")
+    for read in reads_in_turn(store, list(keys)):
+        assert read.weights is not None
         there[read.key] = backend.pack_expert(read.weights, slots.memory(len(there)))
     return there

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from k2lite.backends.base import Backend, Memory
+from k2lite.backends.base import Backend, ExpertSlot, Memory
 from k2lite.backends.torch_device.backend import TorchDeviceBackend
 from k2lite.backends.torch_device.slots import device_slot_bytes
 from k2lite.offload.device_tier import FEWEST_SLOTS
-from k2lite.offload.packed_source import expert_rooms
+from k2lite.offload.packed_copy import PackedCopy
+from k2lite.offload.packed_source import expert_rooms, packing_bytes
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.errors import BackendError, MemoryPlanError, RequestError
 from k2lite.quant.quantization_plan import Matrix
@@ -72,15 +73,21 @@ def plan_with_accelerator(
     resident_experts: float | None = None,
     quantized: Mapping[str, Matrix] | None = None,
     sequences: int = 1,
+    packed: PackedCopy | None = None,
 ) -> Placement:
     """As `plan_placement`, with trunk and KV in the accelerator's memory. `ram` is what the host has."""
     context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
     backend = accelerator.backend
-    weights = WeightBytes.of(config, checkpoint, changed)
+    weights = WeightBytes.of(config, checkpoint, changed, packed)
     rooms = expert_rooms(checkpoint, backend)
-    share = _share(config, weights, accelerator, max((room.nbytes for room in rooms), default=0), context, sequences)
+    share = _share(config, weights, accelerator, rooms, context, sequences)
     where = accelerator.experts_on or _chosen(weights, share)
+    if packed is not None and where != "device":
+        raise RequestError(
+            f"--packed-copy has no effect with experts on the {where}: it holds them for {backend.name}, and the "
+            "processor multiplies them as stored; --experts-on device uses it"
+        )
     _demand_formats(checkpoint, accelerator, where, changed)
     chunk = share.chunk
     device = share.with_slots(where, weights)
@@ -95,6 +102,7 @@ def plan_with_accelerator(
         context=context,
         budget=budget_of(ram, ram_bytes),
         resident_experts=resident_experts,
+        packing=0 if where == "device" else packing_bytes(checkpoint, accelerator.host),
         sequences=sequences,
         chunk=chunk,
         kv_elsewhere=True,
@@ -146,7 +154,12 @@ class _Share:
 
 
 def _share(
-    config: ModelConfig, weights: WeightBytes, accelerator: Accelerator, expert: int, context: int, sequences: int
+    config: ModelConfig,
+    weights: WeightBytes,
+    accelerator: Accelerator,
+    rooms: Sequence[ExpertSlot],
+    context: int,
+    sequences: int,
 ) -> _Share:
     """Trunk, KV and a step in the accelerator's memory. Raises MemoryPlanError with the sum."""
     backend, name = accelerator.backend, accelerator.device.runtime.name
@@ -162,9 +175,11 @@ def _share(
             f"{gib(DEVICE_HEADROOM_BYTES)} = {gib(budget - left + step)}, and {name} may give "
             f"{gib(budget)}; a smaller --context or --trunk int8_g128 needs less, a larger --vram gives more"
         )
-    slot = device_slot_bytes(expert)
-    share = DeviceShare(name, budget, weights.trunk, kv, step, DEVICE_HEADROOM_BYTES, 0, 0, slot)
-    return _Share(share, chunk, (left - step) // slot if slot else 0)
+    slot = device_slot_bytes(max((room.nbytes for room in rooms), default=0))
+    beside = max((room.beside_bytes for room in rooms), default=0)
+    most = min((room.max_slots for room in rooms if room.max_slots is not None), default=None)
+    share = DeviceShare(name, budget, weights.trunk, kv, step, DEVICE_HEADROOM_BYTES, 0, 0, slot, beside, most)
+    return _Share(share, chunk, share.room(left - step))
 
 
 def _chosen(weights: WeightBytes, share: _Share) -> ExpertsOn:

@@ -15,6 +15,7 @@ from k2lite.backends.registry import AUTO, Notify, demand_contract, open_backend
 from k2lite.backends.torch_device.backend import TorchDeviceBackend
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.direct_files import say_on_stderr
+from k2lite.offload.packed_copy import PackedCopy
 from k2lite.offload.packed_source import PackedSource
 from k2lite.offload.policies import DEFAULT_POLICY, make_policy
 from k2lite.offload.slots import Arena
@@ -36,6 +37,7 @@ from .learned_routing import recall_file
 from .memory_guard import MemoryGuard
 from .model import Model
 from .model_folder import open_model as open_model
+from .packed_writing import write_copy
 from .placement import ExpertsOn, Placement, plan_placement
 from .recording import Recorder, RecordingBackend, RecordingSource
 from .text.tokenizer import load_tokenizer
@@ -61,6 +63,7 @@ def load(
     policy: str = DEFAULT_POLICY,
     prefetch: bool = True,
     mirror: str | Path | None = None,
+    packed_copy: str | Path | None = None,
     statistics: str | Path | None = None,
     recorder: Recorder | None = None,
     sequences: int = 1,
@@ -84,8 +87,10 @@ def load(
     resident_experts: how many experts have room in RAM, a share (float) or a number (int); by default what fits.
     policy: which experts stay (`k2lite.offload.policies.POLICIES`). prefetch: read ahead on the router's guess.
     mirror: a folder with a copy of the weight files on another drive; reads are shared between the two.
+    packed_copy: a folder with the experts as the backend packs them; written if it isn't there, which takes as long as
+        reading all of them once and as much room.
     statistics: a file of what routing showed in earlier runs (`k2lite.learned_routing`); read if it exists.
-    None of these six changes a token where the backend is batch-invariant.
+    None of these seven changes a token where the backend is batch-invariant.
     sequences: how many may be open at once; each has a KV cache of the whole context in the plan.
     recorder: is told the inputs of every matrix; slow.
 
@@ -115,6 +120,9 @@ def load(
     if allow_fallback:
         device = FallbackBackend(device, notify)
         accelerator = accelerator and replace(accelerator, backend=device)
+    if packed_copy is not None and mirror is not None:
+        raise RequestError("a mirror has no effect with a packed copy, which experts are read from")
+    packed = None if packed_copy is None else PackedCopy(Path(packed_copy), checkpoint, device)
     quantized = plan_trunk(checkpoint, trunk)
     ram_bytes = None if ram is None else parse_bytes(ram)
     if accelerator is None:
@@ -127,6 +135,7 @@ def load(
             resident_experts=resident_experts,
             quantized=quantized,
             sequences=sequences,
+            packed=packed,
         )
     else:
         placement = plan_with_accelerator(
@@ -139,6 +148,7 @@ def load(
             resident_experts=resident_experts,
             quantized=quantized,
             sequences=sequences,
+            packed=packed,
         )
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:
@@ -146,7 +156,10 @@ def load(
             f"{model}: the tokenizer has {tokenizer.n_vocab} tokens and config.json's vocab_size is "
             f"{config.vocab_size}; they belong to different models"
         )
-    store = ExpertStore(checkpoint, mirror=None if mirror is None else Path(mirror))
+    if packed is not None and not packed.is_whole:
+        with device.telling():
+            write_copy(packed, notify)
+    store = ExpertStore(checkpoint, mirror=None if mirror is None else Path(mirror), packed=packed)
     with device.telling():
         weights = load_trunk(checkpoint, config, device, quantized)
         experts, source, places = _experts(config, store, placement, device, accelerator, policy, prefetch, notify)

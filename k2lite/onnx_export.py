@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from .config import ModelConfig
 from .quant.checkpoint import Checkpoint, StoredModule
 from .quant.conversion import read_rows
-from .quant.durable_files import PARTIAL, replace_file
+from .quant.durable_files import PARTIAL, locked_partial, remove_unlocked, sync
 from .quant.errors import CheckpointError, RequestError
 from .quant.formats import PACKED_INT
 from .quant.types import PROJECTIONS, ExpertKey, QuantTensor
@@ -90,22 +90,34 @@ def write_onnx(path: Path, layers: Sequence[LayerExport], hidden: int, weights: 
     made = model(
         [n for layer in layers for n in layer.nodes], [*inputs, *(wanted if weights == "inputs" else [])], outputs
     )
-    partial = data.with_name(f".{data.name}{PARTIAL}-{os.getpid()}")
     try:
-        if weights == "external":
-            spans = _spans(wanted)
-            _write_data(partial, layers, spans)
-            made.graph.initializer.extend(_external(weight, data.name, *spans[weight.name]) for weight in wanted)
-            partial.rename(data)
-        graph = made.SerializeToString()
-        replace_file(path, [graph])
+        with locked_partial(path) as (graph, file), locked_partial(data) as (values_file, bytes_file):
+            if weights == "external":
+                spans = _spans(wanted)
+                _write_data(bytes_file, layers, spans)
+                made.graph.initializer.extend(_external(weight, data.name, *spans[weight.name]) for weight in wanted)
+            file.write(made.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+            nbytes = graph.stat().st_size + values_file.stat().st_size
+            try:
+                if weights == "external":
+                    values_file.rename(data)
+                graph.rename(path)
+            finally:
+                if not path.exists():  # weights without their graph would be in the next run's way
+                    data.unlink(missing_ok=True)
+            sync(path.absolute().parent)
     except OSError as error:
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        if not path.exists():  # weights without their graph would be in the next run's way
-            data.unlink(missing_ok=True)
-    return len(graph) + (data.stat().st_size if weights == "external" else 0)
+    return nbytes
+
+
+def remove_leftovers(path: Path) -> list[str]:
+    """Take away what runs that were cut off have left of `path`; returns names and sizes. Raises RequestError where
+    another run is writing them."""
+    partials = (path.with_name(path.name + end) for end in (PARTIAL, f".data{PARTIAL}"))
+    return remove_unlocked(partial for partial in partials if partial.is_file())
 
 
 def parse_layers(text: str) -> list[int]:
@@ -211,17 +223,16 @@ def _spans(weights: Sequence[Any]) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _write_data(path: Path, layers: Sequence[LayerExport], spans: dict[str, tuple[int, int]]) -> None:
+def _write_data(file: BinaryIO, layers: Sequence[LayerExport], spans: dict[str, tuple[int, int]]) -> None:
     written = dict.fromkeys(spans, 0)
-    with path.open("wb") as file:
-        file.truncate(max(offset + size for offset, size in spans.values()))
-        for layer in layers:
-            for piece in layer.pieces():
-                file.seek(spans[piece.tensor][0] + piece.offset)
-                file.write(piece.values.data)
-                written[piece.tensor] += piece.values.nbytes
-        file.flush()
-        os.fsync(file.fileno())
+    file.truncate(max(offset + size for offset, size in spans.values()))
+    for layer in layers:
+        for piece in layer.pieces():
+            file.seek(spans[piece.tensor][0] + piece.offset)
+            file.write(piece.values.data)
+            written[piece.tensor] += piece.values.nbytes
+    file.flush()
+    os.fsync(file.fileno())
     for name, (_, size) in spans.items():
         if written[name] != size:
             raise CheckpointError(f"{name}: {written[name]} bytes were written, expected {size}")

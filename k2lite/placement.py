@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2lite.backends.base import Backend, Memory
+from k2lite.offload.packed_copy import PackedCopy
 from k2lite.offload.packed_source import packing_bytes
 from k2lite.offload.slots import slot_bytes_for
 from k2lite.quant.checkpoint import Checkpoint
@@ -38,7 +39,8 @@ ExpertsOn = Literal["host", "device", "split"]
 @dataclass(frozen=True)
 class DeviceShare:
     """Bytes by purpose in the memory of the accelerator `name`. `slots` is how many experts have room there,
-    `passing_slots` of them for those that pass through; with experts on the host there is none."""
+    `passing_slots` of them for those that pass through; with experts on the host there is none. `beside_bytes` come on
+    top for each slot of the largest arena, which has `arena_slots` at most (None: all)."""
 
     name: str
     budget_bytes: int
@@ -49,10 +51,24 @@ class DeviceShare:
     slots: int
     passing_slots: int
     slot_bytes: int
+    beside_bytes: int = 0
+    arena_slots: int | None = None
 
     @property
     def arena_bytes(self) -> int:
-        return self.slots * self.slot_bytes
+        """Of all arenas, and what multiplying takes beside them."""
+        return self.slots * self.slot_bytes + self._largest(self.slots) * self.beside_bytes
+
+    def room(self, nbytes: int) -> int:
+        """How many slots fit into so many bytes."""
+        if not self.slot_bytes:
+            return 0
+        slots = nbytes // (self.slot_bytes + self.beside_bytes)
+        most = self._largest(slots)
+        return max(slots, (nbytes - most * self.beside_bytes) // self.slot_bytes) if most < slots else slots
+
+    def _largest(self, slots: int) -> int:
+        return slots if self.arena_slots is None else min(slots, self.arena_slots)
 
     @property
     def resident_slots(self) -> int:
@@ -149,13 +165,20 @@ class WeightBytes:
     experts: int
 
     @classmethod
-    def of(cls, config: ModelConfig, checkpoint: Checkpoint, changed: Collection[Matrix] = ()) -> WeightBytes:
-        """`changed` are the trunk's matrices that are converted while loading."""
+    def of(
+        cls,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        changed: Collection[Matrix] = (),
+        packed: PackedCopy | None = None,
+    ) -> WeightBytes:
+        """`changed` are the trunk's matrices that are converted while loading; `packed` has the experts if they are not
+        read from the checkpoint."""
         return cls(
             where=str(checkpoint.folder),
             trunk=checkpoint.trunk_bytes + sum(matrix.nbytes - matrix.source.nbytes for matrix in changed),
-            experts_bytes=checkpoint.experts_bytes,
-            slot=slot_bytes_for(checkpoint),
+            experts_bytes=checkpoint.experts_bytes if packed is None else packed.nbytes,
+            slot=slot_bytes_for(checkpoint) if packed is None else packed.slot_bytes,
             experts=len(config.moe_layers) * config.n_routed_experts,
         )
 
@@ -170,6 +193,7 @@ def plan_placement(
     resident_experts: float | None = None,
     quantized: Mapping[str, Matrix] | None = None,
     sequences: int = 1,
+    packed: PackedCopy | None = None,
 ) -> Placement:
     """Decide for this machine, or raise: ContextLengthError for a context the model was not made for, BackendError for
     a format the backend can't multiply, RequestError for a number out of range, MemoryPlanError with the sum where
@@ -177,20 +201,20 @@ def plan_placement(
 
     `ram_bytes` is what the process may take (default: what the machine can spare). `resident_experts` fixes the slots:
     a share of all experts (a float of at most 1) or their number (an int). `quantized` are the trunk's matrices that
-    are converted while loading. `sequences` is how many KV caches of the whole context there may be at once."""
+    are converted while loading. `sequences` is how many KV caches of the whole context there may be at once.
+    `packed` has the experts as the backend packs them, so that no room is needed to do so."""
     context = planned_context(config, context_tokens)
     changed = list((quantized or {}).values())
     demand_formats(checkpoint, backend, changed)
-    packed = packing_bytes(checkpoint, backend)
     return plan_memory(
         config,
-        WeightBytes.of(config, checkpoint, changed),
+        WeightBytes.of(config, checkpoint, changed, packed),
         backend.name,
         arithmetic_name(backend, changed[0].target.name if changed else None),
         context=context,
         budget=budget_of(backend.memory(), ram_bytes),
         resident_experts=resident_experts,
-        packing=packed,
+        packing=packing_bytes(checkpoint, backend) if packed is None else 0,
         sequences=sequences,
     )
 

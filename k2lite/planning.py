@@ -242,6 +242,9 @@ def as_text(name: str, facts: dict[str, Any]) -> str:
         f"  besides     a step {gib(size['step'])} (prompts in chunks of {facts['chunk_tokens']} tokens), "
         f"headroom {gib(size['headroom'])}",
     ]
+    if copy := facts.get("packed_copy"):
+        state = "is there" if copy["is_whole"] else "the first run writes it"
+        lines.append(f"  packed copy {gib(copy['bytes'])} in {copy['folder']} ({state})")
     if "decode" not in facts:
         return "\n".join(lines)
     lines.append("  decode      tok/s       hit rate   from the drive a token   nothing overlaps .. everything")

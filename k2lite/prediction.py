@@ -36,7 +36,8 @@ def measure_rates(engine: Engine, *, quick: bool = False) -> Bandwidths:
     drive = math.inf
     if not (quick and engine.placement.everything_fits):
         ours = engine_cache(engine).store
-        store = ExpertStore(ours.checkpoint, mirror=ours.mirror)  # its own: what is read here is no part of a run
+        # its own: what is read here is no part of a run
+        store = ExpertStore(ours.checkpoint, mirror=ours.mirror, packed=ours.packed)
         try:
             drive = store_rate(store, seconds=QUICK_S if quick else RATE_S)
         finally:

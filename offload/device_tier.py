@@ -67,7 +67,7 @@ class DeviceTier(ForwardingSource):
         if not FEWEST_SLOTS <= passing <= slots.count:
             raise ValueError(f"{passing} of {slots.count} slots to pass through; at least {FEWEST_SLOTS} are needed")
         self.cache, self.arena, self.link, self.slots = cache, arena, link, slots
-        self._slot_bytes = slots.memory(0).numel()
+        self._slot_bytes = slots.memory(0).nbytes
         # on the device parts begin on boundaries of their own, and a slot in RAM may be too tight for that
         self._sends_back = sends_back and self._slot_bytes <= arena.slot_bytes
         self._room = slots.count - passing

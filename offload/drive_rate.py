@@ -16,7 +16,7 @@ from k2lite.quant.types import ExpertKey
 
 from .direct_files import DirectFiles
 from .read_pool import Group, ReadPool
-from .slots import Arena, slot_bytes_for
+from .slots import Arena
 from .store import READ_BYTES, READ_THREADS, ExpertRead, ExpertStore
 
 IN_FLIGHT = 4
@@ -39,7 +39,7 @@ def store_rate(
         random.Random(seed).shuffle(left)
     else:
         left = list(reversed(keys))
-    arena = Arena(IN_FLIGHT, slot_bytes_for(store.checkpoint))
+    arena = Arena(IN_FLIGHT, store.slot_bytes)
     for slot in range(IN_FLIGHT):
         arena.tensor(slot).fill_(0)  # touched, so that no page fault is timed
     done: queue.SimpleQueue[ExpertRead] = queue.SimpleQueue()

@@ -18,17 +18,25 @@ from k2lite.quant.types import PROJECTIONS, ExpertKey, ExpertWeights
 from .source import ExpertSource, ForwardingSource, Lease
 
 PLACES = 8
+# How an expert's three matrices are stored.
+ExpertKind = tuple[tuple[QuantFormat, Shape], ...]
+
+
+def expert_kinds(checkpoint: Checkpoint) -> list[ExpertKind]:
+    """Each kind of expert that a whole checkpoint holds, in its order."""
+    schema = checkpoint.schema
+    return list(
+        dict.fromkeys(
+            tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS)  # type: ignore[misc]
+            for layer in schema.expert_layers
+            for modules in (checkpoint.expert_modules(ExpertKey(layer, n)) for n in range(schema.n_routed_experts))
+        )
+    )
 
 
 def expert_rooms(checkpoint: Checkpoint, backend: Backend) -> list[ExpertSlot]:
     """The room for each kind of expert that a whole checkpoint holds."""
-    schema = checkpoint.schema
-    kinds = {
-        tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS)
-        for layer in schema.expert_layers
-        for modules in (checkpoint.expert_modules(ExpertKey(layer, n)) for n in range(schema.n_routed_experts))
-    }
-    return [backend.expert_slot(kind) for kind in kinds]  # type: ignore[arg-type]
+    return [backend.expert_slot(kind) for kind in expert_kinds(checkpoint)]
 
 
 def packing_bytes(checkpoint: Checkpoint, backend: Backend) -> int:

@@ -12,6 +12,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.checksums import demand_checksum, expert_piece
@@ -21,7 +24,7 @@ from k2lite.quant.types import ExpertKey, ExpertLayout, ExpertWeights, Extent
 
 from .direct_files import PAGE_BYTES, DirectFiles, Say, say_on_stderr
 from .read_pool import Group, ReadPool
-from .slots import Arena, rounded_out
+from .slots import Arena, rounded_out, slot_bytes_for
 
 # Requests that were begun together end together where a drive serves all alike: more than one expert's keep it busy.
 READ_THREADS = 16
@@ -30,6 +33,20 @@ READ_BYTES = 2 << 20
 _TRIES = 3
 # An extent that is so small a part of its expert (shapes that stand apart) lies on a page with those of many others.
 _SMALL_SHARE = 1 / 1000
+
+
+class PackedExperts(Protocol):
+    """Experts in other bytes than the checkpoint's, as PackedCopy (packed_copy.py) has them."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """Whole pages that hold any of them."""
+
+    def expert(self, key: ExpertKey) -> ExpertLayout:
+        """Where one lies, in one extent that begins on a page."""
+
+    def views(self, layout: ExpertLayout, memory: torch.Tensor) -> ExpertWeights:
+        """What was read into `memory`, uint8. Raises CheckpointError for wrong bytes."""
 
 
 class ShortReadError(Exception):
@@ -66,18 +83,20 @@ class ExpertRead:
 
 
 class ExpertStore:
-    """The experts of `checkpoint`, and of its copy in the folder `mirror`."""
+    """The experts of `checkpoint`, and of its copy in the folder `mirror`; or those of a packed copy of it."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         *,
         mirror: Path | None = None,
+        packed: PackedExperts | None = None,
         files: DirectFiles | None = None,
         say: Say = say_on_stderr,
         threads: int = READ_THREADS,
     ) -> None:
         self.checkpoint = checkpoint
+        self.packed = packed
         self.files = DirectFiles(say) if files is None else files
         self._say = say
         self.mirror = mirror
@@ -94,7 +113,7 @@ class ExpertStore:
     ) -> ExpertRead:
         """Begin to read an expert into a slot that is this read's alone until `on_done`. Raises CheckpointError if
         the headers already show that it can't be read."""
-        layout = self.checkpoint.expert(key)
+        layout = self.checkpoint.expert(key) if self.packed is None else self.packed.expert(key)
         memory = arena.memory(slot)
         pieces = [piece for piece in read_pieces(layout.extents) if not self._is_known(piece, memory)]
         read = ExpertRead(key, slot, on_done)
@@ -117,6 +136,11 @@ class ExpertStore:
         dropped = self._pool.cancel(read.group)
         if dropped:
             self._finish(read, None, None, pieces=dropped)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot that holds any of its experts."""
+        return slot_bytes_for(self.checkpoint) if self.packed is None else self.packed.slot_bytes
 
     @property
     def busy_s(self) -> float:
@@ -173,6 +197,8 @@ class ExpertStore:
         read.on_done(read)
 
     def _checked(self, layout: ExpertLayout, arena: Arena, slot: int) -> ExpertWeights:
+        if self.packed is not None:
+            return self.packed.views(layout, arena.tensor(slot))
         try:
             return checked_views(layout, arena, slot)
         except CheckpointError as error:

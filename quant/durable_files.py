@@ -5,10 +5,13 @@ Imports no torch. Knows nothing of what is in them.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import CheckpointError, RequestError
 
@@ -33,6 +36,40 @@ def replace_file(path: Path, parts: Iterable[bytes]) -> None:
         sync(path.absolute().parent)
     except OSError as error:
         raise RequestError(f"{path}: can't be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked_partial(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside `path`, its name and PARTIAL, that tells others that somebody writes `path`. The block gives it
+    its name; without that it is gone afterwards. Raises RequestError where another process has it."""
+    partial = path.with_name(path.name + PARTIAL)
+    with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b") as file:
+        lock(file, partial)
+        try:
+            file.truncate(0)
+            yield partial, file
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove_unlocked(partials: Iterable[Path]) -> list[str]:
+    """Take away what runs that were cut off have left; returns names and sizes. Raises RequestError where another run
+    is writing them."""
+    removed = []
+    for left in partials:
+        with left.open("rb") as file:
+            lock(file, left)
+            removed.append(f"{left.name}, {os.fstat(file.fileno()).st_size / 1e9:.1f} GB")
+            left.unlink()
+    return removed
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Until the file is closed, or the process ends however it ends. Raises RequestError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RequestError(f"{path}: another k2lite is writing it; wait for it or end it") from error
 
 
 def demand_room(path: Path, nbytes: int) -> None:

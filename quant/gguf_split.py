@@ -6,8 +6,6 @@ get their own names together, once all are whole and on the disk, the first one 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import resource
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .durable_files import PARTIAL
+from .durable_files import PARTIAL, remove_unlocked
 from .errors import RequestError
 from .gguf_writer import GgufTensorSpec, GgufWriter, Int32, UInt16, head_bytes, padded
 
@@ -81,17 +79,7 @@ def remove_leftovers(path: Path) -> list[str]:
     """Take away what runs that were cut off have left of `path` and its parts; returns their names and sizes. Raises
     RequestError where another run is writing them."""
     pattern = re.compile(re.escape(path.stem) + r"(-\d{5}-of-\d{5})?" + re.escape(path.suffix + PARTIAL))
-    removed = []
-    for left in sorted(path.absolute().parent.iterdir()):
-        if pattern.fullmatch(left.name):
-            with left.open("rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise RequestError(f"{left}: another k2lite export is writing it; wait for it or end it") from error
-                removed.append(f"{left.name}, {os.fstat(file.fileno()).st_size / 1e9:.1f} GB")
-                left.unlink()
-    return removed
+    return remove_unlocked(left for left in sorted(path.absolute().parent.iterdir()) if pattern.fullmatch(left.name))
 
 
 class SplitWriter:

@@ -1,4 +1,5 @@
-"""What a run of `quantize` has put on the disk so far: one line for each finished piece, appended after its bytes.
+"""What a run of `quantize`, or one that writes a packed copy, has put on the disk so far: one line for each finished
+piece, appended after its bytes.
 
 Invariant: a line that can be read describes bytes that were synced before it was written. The first line holds the
 settings and what the source was. A torn last line is forgotten; its piece is made again. Format: JSON lines.
@@ -22,8 +23,8 @@ JOURNAL_NAME = ".k2lite_quantize.jsonl"
 class Journal:
     """Open means locked: no second process can work on the same folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / JOURNAL_NAME
+    def __init__(self, folder: Path, name: str = JOURNAL_NAME) -> None:
+        self.path = folder / name
         self._pending: list[str] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +35,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise RequestError(f"{folder}: another k2lite quantize is writing here; wait for it or end it") from error
+            raise RequestError(f"{folder}: another k2lite is writing here; wait for it or end it") from error
 
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """The first line, None in a new journal, and the pieces in order."""

@@ -32,8 +32,20 @@ from ..torch_device.expert_link import Copy
 from ..torch_device.torch_pinned import PinningRuntime, TorchPinnedPool
 from .attention import attention, causal_mask
 from .experts import GroupedExperts
-from .layout import ALIGNMENT, CODES, SCALES, WEIGHT, Arena, ExpertKind, PackedAlongOutputs, pack_into, packed_matrix
+from .layout import (
+    ALIGNMENT,
+    CODES,
+    SCALES,
+    WEIGHT,
+    Arena,
+    ExpertKind,
+    PackedAlongOutputs,
+    PlacedPlain,
+    add_matrix,
+    packed_matrix,
+)
 from .operations import MAX_GROUPS, MAX_SIDE, dense_matmul
+from .packing import Packing
 from .spec import CAPABILITIES
 
 
@@ -46,7 +58,7 @@ class AscendBackend(TorchDeviceBackend):
     def __init__(self, runtime: PinningRuntime) -> None:
         super().__init__(runtime)
         self._pool = TorchPinnedPool(runtime, STAGING_PIECES)
-        self._experts = GroupedExperts()
+        self._experts = GroupedExperts(runtime.device)
         self._slots = WeakTensorKeyDictionary()
         self._staging: dict[ExpertKind, Arena] = {}
         self._mask: torch.Tensor | None = None
@@ -83,11 +95,13 @@ class AscendBackend(TorchDeviceBackend):
         return batched.route(x @ weight.dequantize().T, bias, rule)
 
     def expert_slot(self, expert: Sequence[tuple[QuantFormat, Shape]]) -> ExpertSlot:
-        return ExpertSlot(ExpertKind.of(expert).nbytes, max_slots=MAX_GROUPS, repacked=True)
+        kind = ExpertKind.of(expert)
+        return ExpertSlot(kind.nbytes, max_slots=MAX_GROUPS, repacked=True, beside_bytes=2 * kind.offsets)
 
     def alloc_slots(self, expert: Sequence[tuple[QuantFormat, Shape]], count: int) -> list[torch.Tensor]:
         """In arenas of at most 1,024 slots, one 3-D tensor for each plane. A slot is named by its first plane."""
         kind = ExpertKind.of(expert)
+        self._experts.reserve(min(count, MAX_GROUPS) * kind.offsets)
         names = []
         for first in range(0, count, MAX_GROUPS):
             slots = min(MAX_GROUPS, count - first)
@@ -103,10 +117,17 @@ class AscendBackend(TorchDeviceBackend):
         arena, number = self._slots[slot] if slot in self._slots else (Arena(kind, slot, 1), 0)
         if arena.kind != kind:
             raise ValueError(f"a slot for {arena.kind} and an expert of {kind}")
-        staged = self.staged(src, kind)
-        for here, there in zip(staged.slot(0), arena.slot(number), strict=True):
+        placed = src.gate_proj.format
+        if isinstance(placed, PackedAlongOutputs | PlacedPlain) and placed.arena is not None:
+            planes = placed.arena.slot(placed.slot)  # of a packed copy
+        else:
+            planes = self.staged(src, kind).slot(0)
+        for here, there in zip(planes, arena.slot(number), strict=True):
             copy(here, there).wait()
         return arena.weights(number)
+
+    def packed_views(self, expert: Sequence[tuple[QuantFormat, Shape]], memory: torch.Tensor) -> ExpertWeights:
+        return Arena(ExpertKind.of(expert), memory, 1).weights(0)
 
     def expert_ffn(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> Event:
         self._experts.multiply(x, work, out)
@@ -143,7 +164,7 @@ class AscendBackend(TorchDeviceBackend):
             # numpy asks for huge pages, and a transposition touches many at once
             room = torch.from_numpy(np.empty(kind.nbytes + ALIGNMENT, np.uint8))
             self._staging[kind] = Arena(kind, room[-room.data_ptr() % ALIGNMENT :][: kind.nbytes], 1)
-        staged = self._staging[kind]
+        staged, packing = self._staging[kind], Packing()
         for name, tensors, matrices in (
             (kind.gate_up, staged.gate_up, (src.gate_proj, src.up_proj)),
             (kind.down, staged.down, (src.down_proj,)),
@@ -152,8 +173,9 @@ class AscendBackend(TorchDeviceBackend):
             for matrix in matrices:
                 rows = matrix.shape[0]
                 if name in PACKED_INT:
-                    pack_into(matrix, tensors[0][0].view(torch.uint8), tensors[1][0], first)
+                    add_matrix(packing, matrix, tensors[0][0].view(torch.uint8), tensors[1][0], first)
                 else:
                     tensors[0][0][first : first + rows] = matrix.parts[WEIGHT]
                 first += rows
+        packing.run()
         return staged

@@ -32,10 +32,15 @@ class Call:
 
 
 class GroupedExperts:
-    """Keeps one tensor of zeros a shape: the operation wants offsets, and these formats have none."""
+    """Keeps zeros for the largest arena: the operation wants offsets, and these formats have none."""
 
-    def __init__(self) -> None:
-        self._zeros: dict[tuple[int, ...], torch.Tensor] = {}
+    def __init__(self, device: torch.device) -> None:
+        self._zeros = torch.zeros(0, dtype=torch.bfloat16, device=device)
+
+    def reserve(self, count: int) -> None:
+        """Have so many zeros before anything multiplies."""
+        if count > self._zeros.numel():
+            self._zeros = torch.zeros(count, dtype=torch.bfloat16, device=self._zeros.device)
 
     def multiply(self, x: torch.Tensor, work: Sequence[Assignment], out: torch.Tensor) -> None:
         """As Backend.expert_ffn; x is float32 [T, D]."""
@@ -59,10 +64,8 @@ class GroupedExperts:
         return grouped_matmul(x, codes, scales, [self._zero(scale) for scale in scales], counts)
 
     def _zero(self, scale: torch.Tensor) -> torch.Tensor:
-        shape = tuple(scale.shape)
-        if shape not in self._zeros:
-            self._zeros[shape] = torch.zeros_like(scale)
-        return self._zeros[shape]
+        self.reserve(scale.numel())
+        return self._zeros[: scale.numel()].view(scale.shape)
 
 
 def calls(work: Sequence[Assignment]) -> Iterator[Call]:

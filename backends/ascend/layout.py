@@ -18,7 +18,7 @@ from k2lite.quant.plain import Plain
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
 from ..base import UnsupportedOperationError
-from .packing import pack_codes, pack_scales
+from .packing import Packing
 
 ALIGNMENT = 64
 CODES, SCALES, WEIGHT = "codes", "scales", "weight"
@@ -81,14 +81,18 @@ def packed_matrix(weight: QuantTensor) -> QuantTensor:
     """A stored integer matrix in the layout of the chip, on the host."""
     stored = PackedAlongOutputs(weight.format.name)
     parts = {suffix: torch.zeros(shape, dtype=dtype) for suffix, (dtype, shape) in stored.parts(weight.shape).items()}
-    pack_into(weight, parts[CODES].view(torch.uint8), parts[SCALES])
+    packing = Packing()
+    add_matrix(packing, weight, parts[CODES].view(torch.uint8), parts[SCALES])
+    packing.run()
     return QuantTensor(stored, weight.shape, parts)
 
 
-def pack_into(weight: QuantTensor, codes: torch.Tensor, scales: torch.Tensor, first: int = 0) -> None:
+def add_matrix(
+    packing: Packing, weight: QuantTensor, codes: torch.Tensor, scales: torch.Tensor, first: int = 0
+) -> None:
     """A stored integer matrix into codes uint8 [in, pitch] and scales bf16 [groups, pitch], from output `first` on."""
-    pack_codes(weight.parts["weight_packed"].cpu(), PACKED_INT[weight.format.name][0], codes, first)
-    pack_scales(weight.parts["weight_scale"].cpu(), scales, first)
+    packing.add_codes(weight.parts["weight_packed"].cpu(), PACKED_INT[weight.format.name][0], codes, first)
+    packing.add_scales(weight.parts["weight_scale"].cpu(), scales, first)
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,13 @@ class ExpertKind:
     @property
     def nbytes(self) -> int:
         return sum(plane.room for planes in self.planes for plane in planes)
+
+    @property
+    def offsets(self) -> int:
+        """Zeros, bf16, that a product wants for each slot of an arena: as many as the larger plane of scales has."""
+        names = (self.gate_up, self.down)
+        scales = (planes[1] for name, planes in zip(names, self.planes, strict=True) if name in PACKED_INT)
+        return max((math.prod(plane.shape) for plane in scales), default=0)
 
 
 def _planes(name: str, shape: Shape) -> tuple[Plane, ...]:

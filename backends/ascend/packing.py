@@ -18,16 +18,7 @@ import torch
 
 from k2lite.quant.compiling import kernel
 
-from .transposition import (
-    BYTE_ROWS,
-    LINE,
-    NIBBLE_ROWS,
-    SCALE_ROWS,
-    SCRATCH_BYTES,
-    transpose_codes,
-    transpose_nibbles,
-    transpose_words,
-)
+from .transposition import BLOCKS, BYTES, LINE, NIBBLES, SCRATCH_BYTES, WORDS, transpose_shares
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
@@ -38,48 +29,62 @@ THREADED_FROM_BYTES = 1 << 20
 _scratch = threading.local()
 
 
-def pack_codes(stored: torch.Tensor, bits: int, target: torch.Tensor, first: int = 0) -> None:
-    """stored int32 [out, in * bits / 32], rows contiguous, into bytes target uint8 [in, pitch]; outputs begin at
-    column `first` there (a multiple of 2 for 4 bits). What is not covered stays as it is."""
-    source = stored.contiguous().view(torch.uint8).numpy()
-    there = target.numpy()[:, first * bits // 8 :]
-    if bits == 4:
-        _by_blocks(transpose_nibbles, _plain_nibbles, (NIBBLE_ROWS, 128), source, there, 2 * source.shape[1], 4)
-    else:
-        _by_blocks(transpose_codes, _plain_codes, (BYTE_ROWS, 64), source, there, source.shape[1], 8)
+class Packing:
+    """Matrices to be laid out anew, together: each thread takes a share of every one, so that a whole expert is handed
+    over to the threads once."""
+
+    def __init__(self) -> None:
+        self._strips: list[tuple[int, ...]] = []
+        self._nbytes = 0
+        self._kept: list[Bytes] = []  # what the addresses are of
+
+    def add_codes(self, stored: torch.Tensor, bits: int, target: torch.Tensor, first: int = 0) -> None:
+        """stored int32 [out, in * bits / 32], rows contiguous, into bytes target uint8 [in, pitch]; outputs begin at
+        column `first` there (a multiple of 2 for 4 bits). What is not covered stays as it is."""
+        source = stored.contiguous().view(torch.uint8).numpy()
+        there = target.numpy()[:, first * bits // 8 :]
+        columns = source.shape[1] * 8 // bits
+        self._add(
+            NIBBLES if bits == 4 else BYTES, _plain_nibbles if bits == 4 else _plain_codes, source, there, columns
+        )
+
+    def add_scales(self, stored: torch.Tensor, target: torch.Tensor, first: int = 0) -> None:
+        """stored bf16 [out, groups] into target bf16 [groups, pitch], outputs from column `first` on."""
+        source = stored.contiguous().view(torch.int16).view(torch.uint16).numpy()
+        there = target.view(torch.int16).view(torch.uint16).numpy()[:, first:]
+        self._add(WORDS, _plain_words, source, there, source.shape[1])
+
+    def run(self) -> None:
+        """Do what was added."""
+        if not self._strips:
+            return
+        strips = np.array(self._strips, np.int64)
+        parts = THREADS if self._nbytes >= THREADED_FROM_BYTES else 1
+        others = [_threads().submit(_share, strips, part, parts) for part in range(1, parts)]
+        _share(strips, 0, parts)
+        for other in others:
+            other.result()
+        self._strips, self._kept, self._nbytes = [], [], 0
+
+    def _add(self, unit: int, plain: Any, source: Bytes, target: Bytes, columns: int) -> None:
+        """The blocked kernel over whole blocks, later, and the plain one over the edges, now."""
+        rows, pitch, step = source.shape[0], source.strides[0], target.strides[0]
+        block_rows, block_columns = BLOCKS[unit]
+        whole_rows, whole_columns = rows // block_rows * block_rows, columns // block_columns * block_columns
+        if not whole_rows or not whole_columns:
+            plain(source, target, 0, rows, 0, columns)
+            return
+        begin, end = source.ctypes.data, target.ctypes.data
+        streamed = end % LINE == 0 and step % LINE == 0
+        self._strips.append((unit, begin, pitch, end, step, whole_rows, whole_columns, int(streamed)))
+        self._kept += [source, target]
+        self._nbytes += source.nbytes
+        plain(source, target, whole_rows, rows, 0, columns)
+        plain(source, target, 0, whole_rows, whole_columns, columns)
 
 
-def pack_scales(stored: torch.Tensor, target: torch.Tensor, first: int = 0) -> None:
-    """stored bf16 [out, groups] into target bf16 [groups, pitch], outputs from column `first` on."""
-    source = stored.contiguous().view(torch.int16).view(torch.uint16).numpy()
-    there = target.view(torch.int16).view(torch.uint16).numpy()[:, first:]
-    _by_blocks(transpose_words, _plain_words, (SCALE_ROWS, 32), source, there, source.shape[1], 16)
-
-
-def _by_blocks(
-    fast: Any, plain: Any, block: tuple[int, int], source: Bytes, target: Bytes, columns: int, bits: int
-) -> None:
-    """The blocked kernel over whole blocks, by several threads where that pays, and the plain one over the edges."""
-    rows, pitch, step = source.shape[0], source.strides[0], target.strides[0]
-    whole_rows, whole_columns = (size // of * of for size, of in zip((rows, columns), block, strict=True))
-    if not whole_rows or not whole_columns:
-        plain(source, target, 0, rows, 0, columns)
-        return
-    begin, end = source.ctypes.data, target.ctypes.data
-    streamed = end % LINE == 0 and step % LINE == 0
-
-    def part(first: int, last: int) -> None:
-        fast(begin + first * bits // 8, pitch, end + first * step, step, whole_rows, last - first, _room(), streamed)
-
-    parts = THREADS if source.nbytes >= THREADED_FROM_BYTES else 1
-    size = -(-whole_columns // (parts * block[1])) * block[1]
-    bounds = [(first, min(first + size, whole_columns)) for first in range(0, whole_columns, size)]
-    others = [_threads().submit(part, *bound) for bound in bounds[1:]]
-    part(*bounds[0])
-    for other in others:
-        other.result()
-    plain(source, target, whole_rows, rows, 0, columns)
-    plain(source, target, 0, whole_rows, whole_columns, columns)
+def _share(strips: Bytes, part: int, parts: int) -> None:
+    transpose_shares(strips, part, parts, _room())
 
 
 @cache

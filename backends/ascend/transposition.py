@@ -14,16 +14,22 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from k2lite.quant.compiling import kernel
+from k2lite.quant.compiling import inner, kernel
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-BYTES, WORDS, PAIRS = ir.VectorType(I8, 64), ir.VectorType(I16, 32), ir.VectorType(I64, 8)
+BYTE_VECTOR, WORD_VECTOR, PAIRS = ir.VectorType(I8, 64), ir.VectorType(I16, 32), ir.VectorType(I64, 8)
 LINE = 64
-# Rows of nibbles that make a line of output, and rows of bytes and of scales that do.
-NIBBLE_ROWS, BYTE_ROWS, SCALE_ROWS = 128, 64, 32
+# What is transposed: nibbles of codes, bytes of codes, words of 2 bytes (scales).
+NIBBLES, BYTES, WORDS = 0, 1, 2
+# Rows that make a line of output, and columns that a block has.
+NIBBLE_ROWS, BYTE_ROWS, WORD_ROWS = 128, 64, 32
+BLOCKS = ((NIBBLE_ROWS, 128), (BYTE_ROWS, 64), (WORD_ROWS, 32))
 # Columns of nibbles that are worked on at once: 8 lines of a row follow one another in memory.
 NIBBLE_COLUMNS = 1024
-SCRATCH_BYTES = 8192 * (NIBBLE_COLUMNS // 128)
+# Lines beside one another that are written together: columns may lie whole pages apart, and single lines at such a
+# distance come to the same banks of memory.
+NIBBLE_LINES = 2
+SCRATCH_BYTES = 8192 * NIBBLE_LINES * (NIBBLE_COLUMNS // 128)
 
 
 def _load(b, address, kind):
@@ -81,7 +87,7 @@ def _rows(b, source, pitch, count, kind):
 def _emit_nibbles(b, source, pitch, target):
     """32 rows of 64 bytes. Two rows' nibbles of a column become a byte, two's complement for value + 8: for even
     columns, then for odd ones, 16 vectors."""
-    rows = _rows(b, source, pitch, 32, BYTES)
+    rows = _rows(b, source, pitch, 32, BYTE_VECTOR)
     low, high, sign = (_same(b, rows[0], constant) for constant in (0x0F, 0xF0, 0x88))
     four = _same(b, rows[0], 4)
     even, odd = [], []
@@ -95,7 +101,7 @@ def _emit_nibbles(b, source, pitch, target):
 
 def _emit_bytes(b, source, pitch, target):
     """16 rows of 64 bytes, stored as value + 128."""
-    rows = _rows(b, source, pitch, 16, BYTES)
+    rows = _rows(b, source, pitch, 16, BYTE_VECTOR)
     sign = _same(b, rows[0], 0x80)
     for i, vector in enumerate(_transposed(b, [b.xor(row, sign) for row in rows], 1)):
         _store(b, b.add(target, I64(LINE * i)), vector)
@@ -103,7 +109,7 @@ def _emit_bytes(b, source, pitch, target):
 
 def _emit_words(b, source, pitch, target):
     """8 rows of 32 words."""
-    for i, vector in enumerate(_transposed(b, _rows(b, source, pitch, 8, WORDS), 2)):
+    for i, vector in enumerate(_transposed(b, _rows(b, source, pitch, 8, WORD_VECTOR), 2)):
         _store(b, b.add(target, I64(LINE * i)), vector)
 
 
@@ -160,17 +166,18 @@ def prefetch(typingctx, address):
 cached_lines, streamed_lines = _lines(False), _lines(True)
 
 
-@kernel
+@inner
 def transpose_nibbles(source, pitch, target, step, rows, columns, scratch, streamed):
     """rows x columns nibbles at `source`, rows `pitch` bytes apart and a multiple of 128, columns a multiple of 128, to
     `target`, where columns lie `step` bytes apart. scratch: SCRATCH_BYTES."""
     for column in range(0, columns, NIBBLE_COLUMNS):
         blocks = min(NIBBLE_COLUMNS, columns - column) // 128
-        for row in range(0, rows, NIBBLE_ROWS):
-            for group in range(4):
+        for row in range(0, rows, NIBBLE_ROWS * NIBBLE_LINES):
+            lines = min(NIBBLE_LINES, (rows - row) // NIBBLE_ROWS)
+            for group in range(4 * lines):
                 at = source + (row + 32 * group) * pitch + column // 2
                 for block in range(blocks):
-                    nibbles(at + LINE * block, pitch, scratch + 8192 * block + 2048 * group)
+                    nibbles(at + LINE * block, pitch, scratch + 8192 * NIBBLE_LINES * block + 2048 * group)
                 for i in range(32, 64):
                     for block in range(blocks):
                         prefetch(at + i * pitch + LINE * block)
@@ -178,16 +185,17 @@ def transpose_nibbles(source, pitch, target, step, rows, columns, scratch, strea
                 there = target + (column + 128 * block) * step + row // 2
                 for odd in range(2):
                     for j in range(16):
-                        line = there + (2 * j + odd) * step
-                        at = scratch + 8192 * block + 1024 * odd + LINE * j
-                        if streamed:
-                            streamed_lines(at, 2048, line, 32 * step)
-                        else:
-                            cached_lines(at, 2048, line, 32 * step)
+                        for i in range(lines):
+                            line = there + (2 * j + odd) * step + LINE * i
+                            at = scratch + 8192 * (NIBBLE_LINES * block + i) + 1024 * odd + LINE * j
+                            if streamed:
+                                streamed_lines(at, 2048, line, 32 * step)
+                            else:
+                                cached_lines(at, 2048, line, 32 * step)
     finished()
 
 
-@kernel
+@inner
 def transpose_codes(source, pitch, target, step, rows, columns, scratch, streamed):
     """The same for bytes, rows and columns multiples of 64."""
     for column in range(0, columns, 64):
@@ -203,11 +211,11 @@ def transpose_codes(source, pitch, target, step, rows, columns, scratch, streame
     finished()
 
 
-@kernel
+@inner
 def transpose_words(source, pitch, target, step, rows, columns, scratch, streamed):
     """The same for words of 2 bytes as they are, rows and columns multiples of 32."""
     for column in range(0, columns, 32):
-        for row in range(0, rows, SCALE_ROWS):
+        for row in range(0, rows, WORD_ROWS):
             for group in range(4):
                 words(source + (row + 8 * group) * pitch + 2 * column, pitch, scratch + 512 * group)
             there = target + column * step + 2 * row
@@ -217,3 +225,24 @@ def transpose_words(source, pitch, target, step, rows, columns, scratch, streame
                 else:
                     cached_lines(scratch + LINE * j, 512, there + j * step, 8 * step)
     finished()
+
+
+@kernel
+def transpose_shares(strips, part, parts, scratch):
+    """Share number `part` of `parts` of each strip's columns. strips: int64 [n, 8] of what is transposed (NIBBLES,
+    BYTES, WORDS), source, pitch, target, step, rows, columns and whether it is streamed."""
+    for number in range(len(strips)):
+        unit, source, pitch, target, step, rows, columns, streamed = strips[number]
+        block = 128 >> unit
+        size = -(-columns // (parts * block)) * block
+        first = part * size
+        count = min(size, columns - first)
+        if count <= 0:
+            continue
+        there = target + first * step
+        if unit == NIBBLES:
+            transpose_nibbles(source + first // 2, pitch, there, step, rows, count, scratch, streamed != 0)
+        elif unit == BYTES:
+            transpose_codes(source + first, pitch, there, step, rows, count, scratch, streamed != 0)
+        else:
+            transpose_words(source + 2 * first, pitch, there, step, rows, count, scratch, streamed != 0)

@@ -6,6 +6,7 @@ so a token's bits depend on the chunk it came in (Numerics.batch_invariant is Fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from k2lite.quant.types import ExpertWeights, QuantTensor
 
 from ..base import DONE, Backend, Capabilities, Event, ExpertSlot, Memory, UnsupportedOperationError
 from ..host_memory import host_memory
-from ..packing import ALIGNMENT
+from ..packing import ALIGNMENT, views
 from .graphs import Stored, expert_graph, input_names, linear_graph
 from .spec import CAPABILITIES, PROVIDER
 
@@ -73,17 +74,14 @@ class OnnxBackend(Backend):
         return ExpertSlot(sum(_slot_bytes(stored, shape) for stored, shape in expert), repacked=True)
 
     def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
-        at = 0
-        packed = []
-        for weight in src:
-            parts = {}
+        packed = self.packed_views([(weight.format, weight.shape) for weight in src], slot)
+        for weight, room in zip(src, packed, strict=True):
             for suffix, part in _multiplied(weight).items():
-                room = slot[at : at + part.nbytes].view(part.dtype).view(part.shape)
-                room.copy_(part)
-                parts[suffix] = room
-                at += _aligned(part.nbytes)
-            packed.append(QuantTensor(weight.format, weight.shape, parts))
-        return ExpertWeights(*packed)
+                room.parts[suffix].copy_(part)
+        return packed
+
+    def packed_views(self, expert: Sequence[tuple[QuantFormat, Shape]], memory: torch.Tensor) -> ExpertWeights:
+        return views([(stored, shape, _multiplied_parts(stored, shape)) for stored, shape in expert], memory)
 
     def _run(self, matrices: tuple[Stored, ...], x: torch.Tensor, feed: Feed) -> torch.Tensor:
         session = self._sessions.get(matrices)
@@ -127,12 +125,17 @@ def _multiplied(weight: QuantTensor) -> dict[str, torch.Tensor]:
     return {"weight_packed": weight.parts["weight_packed"], "weight_scale": scale}
 
 
-def _slot_bytes(stored: QuantFormat, shape: Shape) -> int:
-    rows, columns = shape
+def _multiplied_parts(stored: QuantFormat, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Dtypes and shapes of what `_multiplied` gives."""
     if stored.name not in PACKED_INT:
-        return _aligned(4 * rows * columns)
-    bits, group = PACKED_INT[stored.name]
-    return _aligned(rows * columns * bits // 8) + _aligned(4 * rows * (columns // (group or columns)))
+        return {"weight": (torch.float32, shape)}
+    parts = stored.parts(shape)
+    return {"weight_packed": parts["weight_packed"], "weight_scale": (torch.float32, parts["weight_scale"][1])}
+
+
+def _slot_bytes(stored: QuantFormat, shape: Shape) -> int:
+    parts = _multiplied_parts(stored, shape).values()
+    return sum(_aligned(dtype.itemsize * math.prod(size)) for dtype, size in parts)
 
 
 def _aligned(nbytes: int) -> int:

@@ -22,7 +22,7 @@ from k2lite.quant.errors import DeviceLostError, DeviceMemoryError
 from k2lite.quant.formats import FORMAT_NAMES, Shape
 from k2lite.quant.types import ExpertWeights, QuantTensor
 
-from .expert_link import Copy, ExpertLink
+from .expert_link import Copy, ExpertLink, Place
 from .pinned import PinnedPool
 from .runtime import DeviceEvent, DeviceRuntime
 
@@ -104,9 +104,10 @@ class TorchDeviceBackend(Backend):
         bytes out anew overrides this one, with `expert_slot`."""
         return copy_into_slot(src, slot, copy)
 
-    def expert_link(self) -> ExpertLink:
-        """A way for experts with two side streams of its own."""
-        return ExpertLink(self.runtime, self.place_expert, self._pool)
+    def expert_link(self, place: Place | None = None) -> ExpertLink:
+        """A way for experts with two side streams of its own; `place` instead of `place_expert` for a backend around
+        this one."""
+        return ExpertLink(self.runtime, place or self.place_expert, self._pool)
 
     # -- errors ---------------------------------------------------------------------------------------------------
 

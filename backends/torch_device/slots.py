@@ -1,10 +1,12 @@
-"""Slots for experts in a device's memory: one allocation, cut once, so that nothing is allocated while a model runs.
+"""Slots for experts in a device's memory, allocated and cut once, so that nothing is allocated while a model runs.
 
 Invariant: `claim` tells the stream that will write a slot to start after the last kernel that reads it; nobody writes a
 slot without it. Knows no experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -19,24 +21,31 @@ def device_slot_bytes(nbytes: int) -> int:
 
 
 class DeviceSlots:
-    """`count` slots for `nbytes` each. A backend's kernels may want at most `max_slots` in one arena."""
+    """`memory` is what a backend's `pack_expert` takes for each slot: bytes, or one of its `alloc_slots`."""
 
-    def __init__(self, runtime: DeviceRuntime, count: int, nbytes: int, max_slots: int | None = None) -> None:
-        self.count = count
-        self.slot_bytes = device_slot_bytes(nbytes)
-        self._nbytes = nbytes
-        self._per_arena = count if max_slots is None else min(max_slots, count)
-        self._arenas = [
-            runtime.empty(min(self._per_arena, count - first) * self.slot_bytes)
-            for first in range(0, count, max(self._per_arena, 1))
-        ]
+    def __init__(self, runtime: DeviceRuntime, memory: Sequence[torch.Tensor]) -> None:
+        self._memory = tuple(memory)
         # the allocator may hand out what a kernel that was issued earlier still reads
-        self._read_until: list[DeviceEvent | None] = [runtime.compute_stream().record()] * count
+        self._read_until: list[DeviceEvent | None] = [runtime.compute_stream().record()] * self.count
+
+    @classmethod
+    def of_bytes(cls, runtime: DeviceRuntime, count: int, nbytes: int, max_slots: int | None = None) -> DeviceSlots:
+        """Slots that take any expert of up to `nbytes`, at most `max_slots` in one allocation."""
+        step, most = device_slot_bytes(nbytes), max(1, count if max_slots is None else min(max_slots, count))
+        memory: list[torch.Tensor] = []
+        for first in range(0, count, most):
+            slots = min(most, count - first)
+            arena = runtime.empty(slots * step)
+            memory += [arena[at * step : at * step + nbytes] for at in range(slots)]
+        return cls(runtime, memory)
+
+    @property
+    def count(self) -> int:
+        return len(self._memory)
 
     def memory(self, slot: int) -> torch.Tensor:
-        """A slot's bytes, uint8 [nbytes]."""
-        at = slot % self._per_arena * self.slot_bytes
-        return self._arenas[slot // self._per_arena][at : at + self._nbytes]
+        """A slot as `pack_expert` takes it; where it is bytes, uint8 [nbytes]."""
+        return self._memory[slot]
 
     def read_until(self, slot: int, event: DeviceEvent) -> None:
         """Whatever reads the slot now is over at `event`."""

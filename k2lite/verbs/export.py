@@ -75,7 +75,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _execute_onnx(args: argparse.Namespace) -> int:
     from k2lite.loading import open_model
-    from k2lite.onnx_export import parse_layers, plan_layer, write_onnx
+    from k2lite.onnx_export import parse_layers, plan_layer, remove_leftovers, write_onnx
     from k2lite.quant.errors import BackendError
 
     if args.type is not None:
@@ -91,6 +91,8 @@ def _execute_onnx(args: argparse.Namespace) -> int:
     config, checkpoint = open_model(args.source)
     checkpoint.raise_for_problems()
     layers = [plan_layer(config, checkpoint, layer) for layer in parse_layers(args.layers)]
+    for left in remove_leftovers(args.destination):
+        print(f"k2lite export: removed what a run that was cut off has left: {left}", file=sys.stderr)
     nbytes = write_onnx(args.destination, layers, config.hidden_size, args.weights or "external")
     facts = {"file": str(args.destination), "bytes": nbytes, "layers": [layer.layer for layer in layers]}
     if args.json:

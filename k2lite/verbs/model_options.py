@@ -76,6 +76,17 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mirror", type=Path, metavar="DIR", help="a copy of the weight files on another drive; reads are shared"
     )
+    add_packed_copy_argument(parser)
+
+
+def add_packed_copy_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--packed-copy",
+        type=Path,
+        metavar="DIR",
+        help="for backends that lay experts out anew (ascend, onnx): keep and use them so in DIR; the first run writes "
+        "it, about as large as the experts",
+    )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +136,7 @@ def memory_options(args: argparse.Namespace) -> dict[str, Any]:
         "ram": args.ram,
         "prefetch": not args.no_prefetch,
         "mirror": args.mirror,
+        "packed_copy": args.packed_copy,
         "statistics": getattr(args, "statistics", None),
         "vram": args.vram,
         "experts_on": args.experts_on,

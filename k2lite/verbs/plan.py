@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from k2lite.quant.errors import RequestError
 
-from .model_options import add_trunk_argument, add_vram_argument
+from .model_options import add_packed_copy_argument, add_trunk_argument, add_vram_argument
 
 if TYPE_CHECKING:
     from k2lite.backends.base import Backend, Memory
     from k2lite.config import ModelConfig
     from k2lite.machine import Machine
+    from k2lite.offload.packed_copy import PackedCopy
     from k2lite.planning import ModelBytes
     from k2lite.quant.checkpoint import Checkpoint
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_vram_argument(parser)
     parser.add_argument("--context", type=int, metavar="TOKENS", help="as for run")
     add_trunk_argument(parser)
+    add_packed_copy_argument(parser)
     parser.add_argument("--machine", type=Path, metavar="FILE", help="plan for the machine that this file describes")
     parser.add_argument(
         "--drive", type=Path, metavar="DIR",
@@ -55,7 +57,7 @@ def execute(args: argparse.Namespace) -> int:
     _check(args)
     routing = None if args.routing is None else read_trace(args.routing)
     backend = open_backend(args.backend)
-    config, model, checkpoint = _model(args.model, args.trunk, backend)
+    config, model, checkpoint, packed = _model(args.model, args.trunk, backend, args.packed_copy)
     machine = _with_accelerator(args, backend, _machine(args, backend, checkpoint))
     facts = plan_report(
         config,
@@ -65,18 +67,25 @@ def execute(args: argparse.Namespace) -> int:
         arithmetic=arithmetic_name(backend, model.trunk_to),
         context=args.context,
         # on an accelerator experts are laid out on their way, which takes no room in RAM
-        packing=0 if checkpoint is None or machine.device_bytes else packing_bytes(checkpoint, backend),
+        packing=0 if checkpoint is None or machine.device_bytes or packed else packing_bytes(checkpoint, backend),
         routing=routing,
     )
     facts = {"model": str(args.model), **facts}
+    if packed is not None:
+        if machine.device_bytes and facts.get("experts_on", "device") != "device":
+            raise RequestError("--packed-copy has no effect: experts would multiply on the host, as stored")
+        facts["packed_copy"] = {"folder": str(packed.folder), "bytes": packed.nbytes, "is_whole": packed.is_whole}
     print(json.dumps(facts) if args.json else as_text(str(args.model), facts))
     return 0
 
 
-def _model(path: Path, trunk: str, backend: Backend) -> tuple[ModelConfig, ModelBytes, Checkpoint | None]:
+def _model(
+    path: Path, trunk: str, backend: Backend, packed_copy: Path | None
+) -> tuple[ModelConfig, ModelBytes, Checkpoint | None, PackedCopy | None]:
     """Refuses what `run` would refuse."""
     from k2lite.loading import open_model
     from k2lite.model_sizes import EMBEDDINGS, published_sizes
+    from k2lite.offload.packed_copy import PackedCopy
     from k2lite.placement import WeightBytes, demand_formats, demand_trunk_format
     from k2lite.planning import ModelBytes
     from k2lite.quant.quantization_plan import plan_trunk
@@ -87,8 +96,9 @@ def _model(path: Path, trunk: str, backend: Backend) -> tuple[ModelConfig, Model
         changed = plan_trunk(checkpoint, trunk).values()
         demand_formats(checkpoint, backend, changed)
         embeddings = checkpoint.trunk_module(EMBEDDINGS).nbytes
-        weights = WeightBytes.of(config, checkpoint, changed)
-        return config, ModelBytes(weights, embeddings, trunk if changed else None), checkpoint
+        packed = None if packed_copy is None else PackedCopy(packed_copy, checkpoint, backend)
+        weights = WeightBytes.of(config, checkpoint, changed, packed)
+        return config, ModelBytes(weights, embeddings, trunk if changed else None), checkpoint, packed
     from k2lite.config import parse_config
     from k2lite.config_reader import read_object
     from k2lite.offload.slots import rounded_out
@@ -102,11 +112,13 @@ def _model(path: Path, trunk: str, backend: Backend) -> tuple[ModelConfig, Model
     slot = rounded_out(Extent(path, 1, sizes.expert))[1]  # in one run, wherever it begins
     experts = len(config.moe_layers) * config.n_routed_experts
     weights = WeightBytes(str(path), sizes.trunk, sizes.experts, slot, experts)
-    return config, ModelBytes(weights, sizes.embeddings, trunk if sizes.converted else None), None
+    return config, ModelBytes(weights, sizes.embeddings, trunk if sizes.converted else None), None, None
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options without effect. Raises RequestError."""
+    if args.packed_copy is not None and not args.model.is_dir():
+        raise RequestError(f"--packed-copy has no effect: {args.model} has no experts to pack")
     if args.drive is not None and (args.machine is not None or args.model.is_dir()):
         other = "--machine" if args.machine is not None else f"the folder {args.model}"
         raise RequestError(f"--drive has no effect: {other} says already which drive it is")

@@ -36,6 +36,20 @@ assert "k2lite" not in sys.modules and "torch" not in sys.modules
 """
 
 
+# Dies where the weights are half written.
+KILLED = """
+import os, signal
+from k2lite import onnx_export
+from k2lite.cli import main
+real = onnx_export._mlp_pieces
+def dies(*arguments):
+    yield from real(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+onnx_export._mlp_pieces = dies
+main({arguments!r})
+"""
+
+
 def run_bare(model: Path, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     libraries = str(Path(onnxruntime.__file__).parent.parent)
     np.savez(model.parent / "feed.npz", **feed)
@@ -138,12 +152,31 @@ def test_mistakes_are_one_line(tmp_path: Path, demo: Path, capsys: pytest.Captur
 def test_weights_without_their_graph_are_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path / "model")
 
-    def full(*_: object) -> None:
-        raise RequestError("graph: can't be written: No space left on device")
+    def rename(path: Path, target: Path) -> Path:
+        if target.suffix == ".onnx":
+            raise OSError(28, "No space left on device")
+        return real(path, target)
 
-    monkeypatch.setattr(onnx_export, "replace_file", full)
+    real = Path.rename
+    monkeypatch.setattr(Path, "rename", rename)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out.onnx"), "--layers", "1"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path / "model")
+    arguments = ["export", str(tmp_path / "model"), str(tmp_path / "out.onnx"), "--layers", "1"]
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(arguments=arguments)], capture_output=True, text=True)
+    left = {"out.onnx.partial", "out.onnx.data.partial"}
+    assert (killed.returncode, {path.name for path in tmp_path.iterdir()}) == (-9, {"model", *left}), killed.stderr
+    with onnx_export.locked_partial(tmp_path / "out.onnx"):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert "out.onnx.partial: another k2lite is writing it" in capsys.readouterr().err
+    (tmp_path / "out.onnx.partial").write_bytes(b"half")
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.count("removed what a run that was cut off has left") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out.onnx", "out.onnx.data"}
 
 
 def test_layers_are_read_as_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import k2lite
-from k2lite.backends.torch_device.expert_link import ExpertLink
+from k2lite.backends.base import Capabilities, Event, ExpertSlot
+from k2lite.backends.reference import ReferenceBackend
+from k2lite.backends.torch_device.expert_link import Copy, ExpertLink
 from k2lite.engine import Chunk
 from k2lite.errors import BackendError, DeviceLostError, DeviceMemoryError, MemoryPlanError, RequestError
 from k2lite.learned_routing import keep_in_file
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.lease import CacheLease
+from k2lite.quant.types import ExpertWeights, QuantTensor
 from tests.engine.test_budgets import PREFETCH, hint_wrong
 from tests.offload.caches import FaultyFiles, random_delays
 from tests.samples import examples
-from tests.stand_in.engines import NOTHING, ONLY_THE_BUFFER, OtherHost, StandInBackend, on_stand_in
+from tests.stand_in.engines import NOTHING, ONLY_THE_BUFFER, OtherHost, StandInBackend, on_stand_in, vram_for
 from tests.stand_in.runtime import StandInEvent
 
 IDS = [3, 1, 4, 1, 5]
@@ -145,6 +149,62 @@ def test_where_experts_multiply_shows_in_name_and_bits(tiny_folder: Path, statis
     for first in range(4):
         for second in range(first):
             assert not torch.equal(rows[first], rows[second])
+
+
+class Few(StandInBackend):
+    """Lacks the experts' format, and lays out anew whatever it is given: only what it lacks may pass by."""
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), expert_formats=frozenset({"f32"}))
+
+    def place_expert(self, src: ExpertWeights, slot: torch.Tensor, copy: Copy) -> ExpertWeights:
+        raise AssertionError(f"{src}, which it can't multiply, is laid out by it in {slot} by {copy}")
+
+
+def test_experts_on_a_device_that_lacks_their_format_fall_back_there(tiny_folder: Path, engine: k2lite.Engine) -> None:
+    lines: list[str] = []
+    options: dict[str, Any] = {"host_backend": "reference", "context": 16, "experts_on": "device"}
+    with pytest.raises(BackendError, match="stand-in can't multiply int4_g32"):
+        k2lite.load(tiny_folder, backend=Few(), **options)
+    options["vram"] = vram_for(tiny_folder, 5, host_backend=ReferenceBackend(), context=16)
+    with k2lite.load(tiny_folder, backend=Few(), **options, allow_fallback=True, notify=lines.append) as other:
+        assert other.placement.device is not None
+        assert other.placement.device.slots == 5
+        assert all(torch.equal(a, b) for a, b in zip(logits_of(other), logits_of(engine), strict=True))
+    assert lines == ["backend stand-in: expert_ffn falls back to plain torch: no int4_g32"]
+
+
+@pytest.mark.parametrize("where", ["host", "split"])
+def test_a_host_that_lays_experts_out_anew_gets_them_so(tiny_folder: Path, statistics: Path, where: str) -> None:
+    """onnx takes no experts as they are stored; beside an accelerator they are packed as they are without one."""
+
+    class Swapping(OtherHost):
+        """Wants every expert's bytes the other way round."""
+
+        def expert_slot(self, expert: Any) -> ExpertSlot:
+            return replace(super().expert_slot(expert), repacked=True)
+
+        def pack_expert(self, src: ExpertWeights, slot: torch.Tensor) -> ExpertWeights:
+            packed = super().pack_expert(src, slot)
+            for part in (part for matrix in packed for part in matrix.parts.values()):
+                part.copy_(part.flip(0))
+            return packed
+
+        def expert_ffn(self, x: torch.Tensor, work: Any, out: torch.Tensor) -> Event:
+            def back(matrix: QuantTensor) -> QuantTensor:
+                return replace(matrix, parts={name: part.flip(0) for name, part in matrix.parts.items()})
+
+            return super().expert_ffn(
+                x, [replace(item, expert=ExpertWeights(*map(back, item.expert))) for item in work], out
+            )
+
+    hot = {"hot_experts": statistics} if where == "split" else {}
+    rows = []
+    for host in (OtherHost(), Swapping()):
+        with on_stand_in(tiny_folder, device_slots=3, experts_on=where, host=host, **hot) as (engine, _):
+            rows.append(logits_of(engine))
+            assert engine.placement.packs_experts == isinstance(host, Swapping)
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
 
 
 def test_what_stays_on_the_device_is_not_sent_again(tiny_folder: Path) -> None:

@@ -249,7 +249,7 @@ def test_what_a_killed_run_left_is_removed_unless_it_is_being_written(tmp_path: 
     assert gguf_split.remove_leftovers(tmp_path / "out.gguf") == [f"{path.name}, 0.0 GB" for path in sorted(left)]
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     writer = GgufWriter(tmp_path / "new.gguf", {}, [])
-    with pytest.raises(RequestError, match=r"new.gguf.partial: another k2lite export is writing it"):
+    with pytest.raises(RequestError, match=r"new.gguf.partial: another k2lite is writing it"):
         gguf_split.remove_leftovers(tmp_path / "new.gguf")
     writer.close()
     assert not (tmp_path / "new.gguf.partial").exists()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import k2lite
-from k2lite.backends.ascend import operations
+from k2lite.backends.ascend import backend as backend_module, experts, operations
 from k2lite.backends.ascend.backend import AscendBackend
 from k2lite.backends.ascend.layout import CODES, SCALES, ExpertKind, PackedAlongOutputs, packed_matrix
-from k2lite.backends.ascend.packing import pack_codes, pack_scales
+from k2lite.backends.ascend.packing import Packing
 from k2lite.backends.base import Assignment, UnsupportedOperationError
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.errors import BackendError
@@ -49,12 +49,51 @@ def test_it_passes_the_suite(backend: AscendBackend) -> None:
     assert set(emulator.calls) == set(emulator.SCHEMAS)
 
 
-def test_it_answers_as_the_demo_does(backend: AscendBackend, demo_with: Callable[[str], Path]) -> None:
+def test_it_answers_as_the_demo_does(
+    backend: AscendBackend, demo_with: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With experts of several arenas, each one 3-D tensor; what the plan says of their memory is what they take."""
+    weights: list[torch.Tensor] = []
+    real = operations.grouped_matmul
+    monkeypatch.setattr(experts, "grouped_matmul", lambda x, w, *rest: (weights.extend(w), real(x, w, *rest))[1])
+    monkeypatch.setattr(backend_module, "MAX_GROUPS", 100)
     engine = k2lite.load(demo_with("int4_g32"), backend=backend, host_backend="reference", context=128)
     prompt = engine.tokenizer.render([{"role": "user", "content": QUESTION}])
     answer = list(engine.generate(prompt.ids, max_tokens=5, temperature=0))
     assert engine.tokenizer.decode(answer).startswith("1200 centi")
     assert set(emulator.calls) == set(emulator.SCHEMAS)
+    device = engine.placement.device
+    assert device is not None
+    assert {weight.dim() for weight in weights} == {3}
+    assert {len(weight) for weight in weights} == {100, device.slots % 100}
+    in_arenas = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights}
+    zeros = backend._experts._zeros.nbytes
+    assert 0 < zeros == 100 * device.beside_bytes
+    assert 0 <= device.arena_bytes - zeros - sum(in_arenas.values()) < 256 * device.slots
+
+
+def test_what_it_lacks_falls_back_on_the_chip(backend: AscendBackend) -> None:
+    """FP8 experts keep their bytes on the way to a slot, and plain torch multiplies them there."""
+    lines: list[str] = []
+    with pytest.raises(BackendError, match="can't multiply fp8"):
+        k2lite.load(DEMO_FOLDER, backend=backend, host_backend="reference", experts_on="device")
+    with k2lite.load(
+        DEMO_FOLDER,
+        backend=backend,
+        host_backend="reference",
+        experts_on="device",
+        vram=64 << 20 | 256 << 20,
+        context=64,
+        allow_fallback=True,
+        notify=lines.append,
+    ) as engine:
+        prompt = engine.tokenizer.render([{"role": "user", "content": QUESTION}])
+        answer = list(engine.generate(prompt.ids, max_tokens=3, temperature=0))
+        assert engine.tokenizer.decode(answer).startswith("120")
+    told = [line for line in lines if "falls back" in line]
+    assert len(told) == len(set(told))
+    assert "backend ascend: expert_ffn falls back to plain torch: no fp8_e4m3_b128" in told
+    assert not emulator.calls["npu_grouped_matmul"]
 
 
 def test_fp8_is_refused_with_the_recipe(backend: AscendBackend) -> None:
@@ -103,15 +142,17 @@ def test_packing_writes_its_columns_and_no_other(rows: int, columns: int, bits: 
     stored = torch.randint(0, 256, (rows, -(-columns * bits // 32) * 4), generator=generator, dtype=torch.uint8)
     columns = stored.shape[1] * 8 // bits
     room = torch.full((columns, 256 + first), 0xA5, dtype=torch.uint8)
-    pack_codes(stored.view(torch.int32), bits, room, first)
+    packing = Packing()
+    packing.add_codes(stored.view(torch.int32), bits, room, first)
+    scales = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+    there = torch.zeros(columns, rows + first + 3, dtype=torch.bfloat16)
+    packing.add_scales(scales, there, first)
+    packing.run()
     start, stop = first * bits // 8, first * bits // 8 + -(-rows * bits // 8)
     assert (room[:, :start] == 0xA5).all()
     assert (room[:, stop:] == 0xA5).all()
     if bits == 8:
         assert torch.equal(room[:, start:stop], (stored ^ 0x80).T)
-    scales = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
-    there = torch.zeros(columns, rows + first + 3, dtype=torch.bfloat16)
-    pack_scales(scales, there, first)
     assert torch.equal(there[:, first : first + rows], scales.T)
     assert not there[:, first + rows :].any()
 
@@ -119,13 +160,13 @@ def test_packing_writes_its_columns_and_no_other(rows: int, columns: int, bits: 
 @pytest.mark.parametrize("name", ["int4_g32", "int8_channel", "bf16"])
 def test_experts_of_an_arena_and_others_come_to_the_same(backend: AscendBackend, name: str) -> None:
     """One 3-D weight over all slots, most of them unused, and a list of 2-D ones, against float64."""
-    experts = [expert(60 + 3 * number, (name, name, name), 128, 64) for number in range(3)]
-    kind = [(weight.format, weight.shape) for weight in experts[0]]
+    sources = [expert(60 + 3 * number, (name, name, name), 128, 64) for number in range(3)]
+    kind = [(weight.format, weight.shape) for weight in sources[0]]
     slots = backend.alloc_slots(kind, 7)
     order = (5, 0, 3)
-    in_arena = [backend.pack_expert(source, slots[slot]) for source, slot in zip(experts, order, strict=True)]
-    alone = [backend.pack_expert(source, backend.alloc(backend.expert_slot(kind).nbytes)) for source in experts]
-    for packed, source in zip(in_arena, experts, strict=True):
+    in_arena = [backend.pack_expert(source, slots[slot]) for source, slot in zip(sources, order, strict=True)]
+    alone = [backend.pack_expert(source, backend.alloc(backend.expert_slot(kind).nbytes)) for source in sources]
+    for packed, source in zip(in_arena, sources, strict=True):
         assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(packed, source, strict=True))
     x = normal(70, 5, 128)
     rows = [torch.tensor(r) for r in ([0, 2, 4], [1, 2], [3, 0])]
@@ -139,7 +180,7 @@ def test_experts_of_an_arena_and_others_come_to_the_same(backend: AscendBackend,
     found = run(in_arena)
     assert emulator.calls["npu_grouped_matmul"] == 2
     assert torch.equal(found, run(alone))
-    for source, row, place in zip(experts, rows, places, strict=True):
+    for source, row, place in zip(sources, rows, places, strict=True):
         expected = oracle.mlp(oracle.exact(x)[row.numpy()], source)
         assert oracle.relative_error(found[row, place], expected) < 2e-2
     assert (found[1, 1] == 7.0).all()

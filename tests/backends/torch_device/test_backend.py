@@ -57,7 +57,7 @@ def test_experts_arrive_whole_whatever_the_order_of_copies(
     backend, drawn = StandInBackend(seed), random.Random(seed)
     sources = [expert(30 + 3 * n, (name, name, name), 64, 64) for n, name in enumerate(FORMATS)]
     nbytes = max(backend.expert_slot([(m.format, m.shape) for m in source]).nbytes for source in sources)
-    slots, link = DeviceSlots(backend.runtime, count, nbytes, most), backend.expert_link()
+    slots, link = DeviceSlots.of_bytes(backend.runtime, count, nbytes, most), backend.expert_link()
     expected = [on_host(backend, source) for source in sources]
     if locked:  # as they lie in an arena
         pages = host_pages(-(-nbytes // PAGE) * PAGE)
@@ -86,7 +86,7 @@ def backend_copy(source: ExpertWeights, pages: torch.Tensor) -> ExpertWeights:
 def test_a_slot_that_is_written_without_its_claim_is_seen() -> None:
     backend = StandInBackend(1)
     source = expert(30, ("bf16", "bf16", "bf16"), 64, 64)
-    slots, link = DeviceSlots(backend.runtime, 1, 30_000), backend.expert_link()
+    slots, link = DeviceSlots.of_bytes(backend.runtime, 1, 30_000), backend.expert_link()
     sent = link.send(source, slots, 0, locked=None)
     link.use(sent.event)
     sent.weights.gate_proj.parts["weight"].clone()  # a kernel that nobody has waited for
