@@ -74,6 +74,7 @@ class JsonWriter:
         self._machine = Machine(grammar.root)
         self._matcher = grammar.matcher()
         self.state: State = self._machine.start
+        self.begun = False  # whether anything is written
 
     def mask(self) -> Mask:
         """Tokens that go on with the text. All ordinary ones where llguidance gave up: `after` still judges."""
@@ -85,13 +86,19 @@ class JsonWriter:
             np.bool_
         )
 
+    def allows(self, token: int) -> bool:
+        """Whether `mask` has the token."""
+        return bool(self._vocabulary.texts[token]) and (
+            self._matcher.is_error() or self._matcher.validate_tokens([token]) == 1
+        )
+
     def after(self, token: int) -> State | None:
         """The state after a token, None if the text can't go on with it."""
         text = self._vocabulary.texts[token]
         return (self._machine.advance(self.state, text) or None) if text else None
 
     def commit(self, token: int, state: State) -> None:
-        self.state = state
+        self.state, self.begun = state, True
         if not self._matcher.is_error():
             self._matcher.consume_token(token)
 

@@ -11,12 +11,13 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from k2lite.engine import Chunk, Engine, Sequence
 from k2lite.quant.errors import K2LiteError
-from k2lite.sampling import Token, sample
+from k2lite.sampling import Token, sample, sample_allowed
 from k2lite.text.answer_reader import State
 
 from .answering import Failure, Finish, Job, News, Piece, TokenRecord
@@ -198,16 +199,15 @@ class Scheduler:
             if share:
                 last = share == len(active.todo)
                 chunks[active] = Chunk(active.sequence, active.todo[:share], "last" if last else "none")
-        made = 0
+        before = self.totals.completion_tokens
         for active, logits in self._stepped(chunks):
             del active.todo[: len(chunks[active].ids)]
             if logits.shape[0]:
-                made += 1
                 self._guarded(active.job, lambda a=active, row=logits[0]: self._choose(a, row))
         seconds = time.perf_counter() - began
         self.totals.steps += 1
         self.totals.step_s += seconds
-        self.totals.completion_tokens += made
+        made = self.totals.completion_tokens - before
         self.totals.decode_rate += 0.1 * (made / seconds - self.totals.decode_rate)
 
     def _shares(self) -> list[int]:
@@ -238,39 +238,58 @@ class Scheduler:
         return [result for active, chunk in chunks.items() for result in self._stepped({active: chunk})]
 
     def _choose(self, active: _Active, logits: torch.Tensor) -> None:
+        """Write the next token, and with it those that leave no choice: they go into one step."""
+        constraint = active.job.request.constraint
+        going_on = self._write(active, self._next(active, logits), logits)
+        while going_on and constraint and active.job.request.top_logprobs is None:
+            forced = constraint.forced(active.left)
+            if forced is None:
+                break
+            going_on = self._write(active, forced, logits)
+
+    def _next(self, active: _Active, logits: torch.Tensor) -> int:
+        """A token drawn from logits, or the one that must come."""
+        params, position, left = active.job.request.params, len(active.sequence.ids), active.left
+        constraint = active.job.request.constraint
+        if constraint is None:
+            return sample(logits, params, position)
+        forced = constraint.forced(left)
+        if forced is not None:
+            return forced
+        allows, mask = partial(constraint.allows, left=left), partial(constraint.mask, left)
+        return sample_allowed(logits, params, position, allows, mask)
+
+    def _write(self, active: _Active, token: int, logits: torch.Tensor) -> bool:
+        """Take a token into the answer; whether the answer goes on."""
         request, reader = active.job.request, active.job.request.reader
         constraint = request.constraint
-        mask = constraint.mask(active.left) if constraint else None
-        token = sample(logits, request.params, len(active.sequence.ids), mask)
-        chosen = int(token)
-        if constraint:
-            chosen = constraint.accept(chosen, active.left)
+        chosen = constraint.accept(int(token), active.left) if constraint else int(token)
         active.made.append(chosen)
+        self.totals.completion_tokens += 1
         usage = active.job.usage
         usage.completion_tokens += 1
         if chosen in self.engine.stop_ids:
             self._finish(active, reader.flush())
-            return
+            return False
         usage.reasoning_tokens += reader.state is State.REASONING
         spoken = reader.state is State.TEXT
         events = reader.feed(chosen)
-        records = (
-            [self._record(token, chosen, logits, request.top_logprobs)]
-            if spoken and (request.top_logprobs is not None)
-            else []
-        )
+        records = []
+        if spoken and request.top_logprobs is not None:
+            records = [self._record(token, chosen, logits, request.top_logprobs)]
         if reader.stopped is not None or not active.left or (constraint and constraint.finished):
             self._finish(active, [*events, *reader.flush()], records)
-            return
+            return False
         if events or records:
             self._tell(active.job, Piece(events, records))
         active.todo.append(chosen)
+        return True
 
-    def _record(self, token: Token, chosen: int, logits: torch.Tensor, count: int | None) -> TokenRecord:
-        if not count and chosen == token:
+    def _record(self, token: int, chosen: int, logits: torch.Tensor, count: int) -> TokenRecord:
+        if not count and chosen == token and isinstance(token, Token):
             return TokenRecord(chosen, token.logprob)
         logprobs = torch.log_softmax(logits.double(), dim=-1)
-        values, ids = torch.topk(logprobs, min(count or 0, len(logprobs)))
+        values, ids = torch.topk(logprobs, min(count, len(logprobs)))
         return TokenRecord(chosen, float(logprobs[chosen]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _finish(self, active: _Active, events: list, records: list[TokenRecord] | None = None) -> None:  # type: ignore[type-arg]
