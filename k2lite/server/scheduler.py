@@ -71,6 +71,7 @@ class Scheduler:
         self._active: list[_Active] = []
         self._news = threading.Condition()
         self._closing = False
+        self._told: list[tuple[Job, News]] = []
         self._thread = threading.Thread(target=self._run, name="k2lite-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -125,6 +126,7 @@ class Scheduler:
                 jobs = [*self._waiting.jobs, *(active.job for active in self._active)]
             for job in jobs:
                 self._report(job, error)
+            self._deliver()
             raise
 
     def _work(self) -> None:
@@ -141,6 +143,7 @@ class Scheduler:
                 self._guarded(job, lambda job=job: self._admit(job))
             if any(active.arriving is None for active in self._active):
                 self._step()
+            self._deliver()
 
     def _nothing_to_do(self) -> bool:
         """Nobody can be admitted, and all who are wait for the drive."""
@@ -333,5 +336,11 @@ class Scheduler:
         self._tell(job, Failure(error))
 
     def _tell(self, job: Job, news: News) -> None:
-        if not job.cancelled:
-            job.tell(news)
+        """Have a client told at the end of the step: told now, its thread would take turns with this one."""
+        self._told.append((job, news))
+
+    def _deliver(self) -> None:
+        for job, news in self._told:
+            if not job.cancelled:
+                job.tell(news)
+        self._told.clear()

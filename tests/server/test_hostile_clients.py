@@ -20,12 +20,11 @@ import pytest
 from k2lite.engine import Engine
 from k2lite.server.service import Limits, Service
 from tests.samples import examples
-from tests.server.conftest import served
+from tests.server.conftest import PATIENCE_S, served
 from tests.server.test_staying_up import soon
 from tests.server.tools import CLAUDE_TOOL, TOOL, UNITS
 
 AT_ONCE = 32
-PATIENCE_S = 60
 BODY_LIMIT = 1 << 20
 LONGEST = 24
 HEAD_S = "k2lite.server.listening.HEAD_S"
@@ -177,7 +176,10 @@ async def crowd(rng: random.Random, count: int, kinds: Sequence[str], address: s
 
 @pytest.mark.usefixtures("short_answers")
 def test_every_reply_is_meant_and_nothing_grows(
-    random_engine: Engine, hasty: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+    random_engine: Engine,
+    hasty: tuple[str, Service],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rng = random.Random(9)
     me = psutil.Process()
@@ -202,6 +204,7 @@ def test_every_reply_is_meant_and_nothing_grows(
         assert me.memory_info().rss < memory + (64 << 20)
         assert httpx.get(f"{address}/ready").status_code == 200
     print(sorted(replies.items()))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     answered = sum(count for (_, status), count in replies.items() if status)
     assert answered > examples(500) // 2
     assert {status for _, status in replies} >= {200, 400, 404, 405, 413}

@@ -15,6 +15,7 @@ from k2lite.server.app import Server
 from k2lite.server.openapi import described
 from k2lite.server.service import Service
 from tests.samples import examples
+from tests.server.conftest import PATIENCE_S
 
 DESCRIPTION = described()
 ASKED = [(path, verbs["post"]) for path, verbs in DESCRIPTION["paths"].items() if "post" in verbs]
@@ -88,7 +89,7 @@ def test_any_request_gets_a_described_reply(
     real = Engine.check_request
     monkeypatch.setattr(Engine, "check_request", lambda self, have, want: min(real(self, have, want), 8))
     statuses = []
-    with httpx.Client(base_url=random_server[0], timeout=60) as client:
+    with httpx.Client(base_url=random_server[0], timeout=PATIENCE_S) as client:
 
         @given(requests())
         @settings(
