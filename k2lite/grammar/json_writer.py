@@ -75,6 +75,7 @@ class JsonWriter:
         self._matcher = grammar.matcher()
         self.state: State = self._machine.start
         self.begun = False  # whether anything is written
+        self._ending_tokens: dict[State, int] = {}  # of states seen: within a string it is the same one
 
     def mask(self) -> Mask:
         """Tokens that go on with the text. All ordinary ones where llguidance gave up: `after` still judges."""
@@ -111,7 +112,11 @@ class JsonWriter:
 
     def ending_fits(self, state: State, room: int) -> bool:
         """Whether the shortest end from a state takes at most `room` tokens."""
-        return self._machine.bytes_left(state) <= room or len(self.ending(state)) <= room
+        if self._machine.bytes_left(state) <= room:
+            return True
+        if state not in self._ending_tokens:
+            self._ending_tokens[state] = len(self.ending(state))
+        return self._ending_tokens[state] <= room
 
     def ending(self, state: State) -> list[int]:
         """Tokens of the shortest end."""
