@@ -104,7 +104,8 @@ class AnswerConstraint:
         return self._plan[0] if self._plan else None
 
     def allows(self, token: int, left: int) -> bool:
-        """Whether `mask` has the token, mostly without making it. Only where nothing is forced."""
+        """Whether a token may come: those that `mask` has, and other spellings of a text for which it has one. Asked
+        where nothing is forced."""
         if self._is_free():
             return bool(self._free_text(left)[token])
         writer = self._writer

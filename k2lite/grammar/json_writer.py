@@ -88,7 +88,7 @@ class JsonWriter:
         )
 
     def allows(self, token: int) -> bool:
-        """Whether `mask` has the token."""
+        """Whether a token may come: those that `mask` has, and other spellings of a text for which it has one."""
         return bool(self._vocabulary.texts[token]) and (
             self._matcher.is_error() or self._matcher.validate_tokens([token]) == 1
         )

@@ -22,7 +22,7 @@ class Constraint(Protocol):
         """The one token that must come next; None where there is a choice."""
 
     def allows(self, token: int, left: int) -> bool:
-        """Whether `mask` has the token."""
+        """Whether a token may come: those that `mask` has, and other spellings of a text for which it has one."""
 
     def mask(self, left: int) -> torch.Tensor:
         """bool [vocab], true where a token is allowed."""

@@ -214,18 +214,19 @@ class Scheduler:
         self.totals.decode_rate += 0.1 * (made / seconds - self.totals.decode_rate)
 
     def _shares(self) -> list[int]:
-        """Tokens each active job may bring into the next step: all that decode, prompts in turn until it is full."""
+        """Tokens each active job may bring into the next step: answers first, with one each at least, then prompts in
+        turn until it is full."""
         plan = self.engine.placement
         # experts that come from the drive are read once a step, so a prompt brings all that the plan has room for
         room = (
             min(PROMPT_TOKENS_A_STEP, plan.prefill_chunk_tokens) if plan.everything_fits else plan.prefill_chunk_tokens
         )
         room = max(1, room - self.slots)
-        shares = []
-        for active in self._active:
-            share = 1 if len(active.todo) == 1 else min(room, len(active.todo))
-            room -= share if share > 1 else 0
-            shares.append(share)
+        shares = [0] * len(self._active)
+        for at, active in sorted(enumerate(self._active), key=lambda place: not place[1].made):
+            own = int(bool(active.made) or len(active.todo) == 1)  # what a slot is sure of
+            shares[at] = min(len(active.todo), room + own)
+            room -= max(0, shares[at] - own)
         return shares
 
     def _stepped(self, chunks: dict[_Active, Chunk]) -> list[tuple[_Active, torch.Tensor]]:

@@ -227,6 +227,7 @@ class _Post:
             try:
                 self.loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:
+                self._rung = False
                 return False
         return True
 
