@@ -6,13 +6,16 @@ machine that has the same logits. Knows no text; a grammar plugs in as `mask`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from k2lite.quant.errors import K2LiteError, RequestError
+
+SECOND_DRAW = 1 << 63  # seeds of clients rarely differ in this bit
 
 
 class Token(int):
@@ -69,6 +72,22 @@ def sample(logits: torch.Tensor, params: SamplingParams, position: int, mask: to
         raise K2LiteError(f"no token is possible at position {position}: every logit is -inf or masked")
     chosen = int(np.argmax(allowed)) if params.temperature == 0 else _draw(allowed, params, position)
     return Token(chosen, logprob=float(all_logprobs[chosen]))
+
+
+def sample_allowed(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    position: int,
+    allows: Callable[[int], bool],
+    mask: Callable[[], torch.Tensor],
+) -> Token:
+    """Like `sample` under `mask`, which is made only where a free draw gives a token that it does not have (`allows`).
+    The second draw is independent of the first, so tokens come as often as under the mask; filters see all tokens
+    first."""
+    token = sample(logits, params, position)
+    if allows(token):
+        return token
+    return sample(logits, replace(params, seed=params.seed ^ SECOND_DRAW), position, mask())
 
 
 def _draw(logits: npt.NDArray[np.float64], params: SamplingParams, position: int) -> int:

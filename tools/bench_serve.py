@@ -15,21 +15,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 
 import k2lite
+from k2lite import sampling
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.engine import Chunk, Engine
 from k2lite.sampling import sample
-from k2lite.server import scheduler
 from k2lite.server.app import Server
 from k2lite.server.fields import Fields
 from k2lite.server.listening import config, listen
@@ -114,9 +116,9 @@ async def _choices(engine: Engine, asked: list[ToolRequest], *, constrained: boo
 
 
 def cost(engine: Engine, streams: int, kind: str, tokens: int, runs: int) -> dict[str, Any]:
-    """What serving adds to steps and sampling, a token and stream: in time, as clients see it, less as many steps over
-    as many sequences alone; and in CPU time of the two threads that serve, which other work on the machine sways less.
-    """
+    """What serving adds to a token and stream: the median time from a step to the next, less that of the same steps and
+    draws alone; and what it takes by itself: a client's time where steps take none, and CPU time of the two threads
+    that serve, behind real steps."""
     body = {
         "messages": [{"role": "user", "content": "Write to everybody."}],
         "tools": [LETTER],
@@ -125,86 +127,115 @@ def cost(engine: Engine, streams: int, kind: str, tokens: int, runs: int) -> dic
         "stream": True,
         "seed": 1,
     }
-    found: dict[str, list[float]] = {"token_s": [], "engine_s": [], "added_us": [], "cpu_us": []}
-    with served(engine, Limits(slots=streams, kept_prefixes=streams)) as (port, service):
-        ids = service.prepare(*read_request(Fields(body, ""), service.limits)).ids
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as client:
-            for _ in range(runs + 1):
-                spent = []
-                for length in (tokens // 2, tokens):  # the difference is without what a request costs once
-                    bodies = [{**body, "max_tokens": length}] * streams
-                    with _ServingCpu(engine) as cpu:
-                        before = service.scheduler.totals.completion_tokens
-                        span = client.submit(stream_all, port, "/v1/chat/completions", bodies).result()
-                        made = service.scheduler.totals.completion_tokens - before
-                    spent.append((cpu.seconds, made))
-                (short_s, fewer), (long_s, made) = spent
-                token_s = span / (made / streams - 1)
-                engine_s = _step_alone(engine, ids, streams, made // streams)
-                added_us = (token_s - engine_s) / streams * 1e6
-                cpu_us = (long_s - short_s) / (made - fewer) * 1e6
-                for name, value in zip(found, (token_s, engine_s, added_us, cpu_us), strict=True):
-                    found[name].append(value)
+    found: dict[str, list[float]] = {"added_us": [], "free_us": [], "cpu_us": []}
+    limits = Limits(slots=streams, kept_prefixes=streams)
+    client = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with client, served(engine, limits) as (port, _):
+        for _ in range(runs + 1):
+            with _Watched(engine, streams) as watched:
+                client.submit(stream_all, port, "/v1/chat/completions", [body] * streams).result()
+            found["added_us"].append((watched.interval_s() - watched.again_s()) / streams * 1e6)
+            found["cpu_us"].append(watched.cpu_s / watched.tokens * 1e6)
+            bodies = [{**body, "max_tokens": 5 * tokens}] * streams
+            with _Watched(engine, streams, free=True) as watched:
+                span = client.submit(stream_all, port, "/v1/chat/completions", bodies).result()
+            found["free_us"].append((span - watched.draws_s) / watched.tokens * 1e6)
     # the first run compiles and fills caches
-    median = {name: statistics.median(values[1:]) for name, values in found.items()}
+    middle = {name: statistics.median(values[1:]) for name, values in found.items()}
+    spread = {name: f"{min(values[1:]):.0f} to {max(values[1:]):.0f}" for name, values in found.items()}
     print(
-        f"{kind}, {streams} streams: {median['token_s'] * 1e3:.2f} ms a token, the engine alone "
-        f"{median['engine_s'] * 1e3:.2f} ms; added a token and stream {median['added_us']:.0f} us, "
-        f"CPU {median['cpu_us']:.0f} us (least {min(found['cpu_us']):.0f}, most {max(found['cpu_us'][1:]):.0f})",
+        f"{kind}, {streams} streams, a token and stream: adds {middle['added_us']:.0f} us ({spread['added_us']}); "
+        f"{middle['free_us']:.0f} us ({spread['free_us']}) where steps take no time; "
+        f"CPU {middle['cpu_us']:.0f} us ({spread['cpu_us']}) behind real ones",
         flush=True,
     )
-    return {"kind": kind, "streams": streams, **median}
+    return {"kind": kind, "streams": streams, **middle}
 
 
-class _ServingCpu:
-    """CPU seconds of the scheduler's thread outside steps and sampling, and of the event loop's, between entering and
-    leaving."""
+class _Watched:
+    """While entered, from the first step in which nobody reads a prompt and all are there: `tokens` fed, `draws_s` of
+    free draws, `cpu_s` of the scheduler's thread outside steps and free draws and of the event loop's. `free` steps
+    take no time: logits are drawn before."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.seconds = 0.0
-        self._engine = engine
+    def __init__(self, engine: Engine, streams: int, *, free: bool = False) -> None:
+        self.cpu_s, self.draws_s = 0.0, 0.0
+        self._engine, self._streams, self._apart_s = engine, streams, 0.0
+        self._prompts: dict[int, list[int]] = {}  # by the sequence's identity
+        self._steps: list[dict[int, list[int]]] = []
+        self._begins: list[float] = []
+        self._logits = 3 * torch.randn(97, 1, engine.config.vocab_size) if free else None
         names = ("k2lite-scheduler", LOOP)
         threads = [thread.ident for thread in threading.enumerate() if thread.name in names]
         self._clocks = [time.pthread_getcpuclockid(ident) for ident in threads if ident is not None]
 
-    def __enter__(self) -> _ServingCpu:
-        self.seconds = -self._now()
-        self._engine.step = self._apart(self._engine.step)  # type: ignore[method-assign]
-        scheduler.sample = self._apart(sample)
+    def __enter__(self) -> _Watched:
+        self._engine.step = self._step  # type: ignore[method-assign]
+        sampling.sample = self._sample
         return self
 
     def __exit__(self, *_: object) -> None:
         del self._engine.step
-        scheduler.sample = sample
-        self.seconds += self._now()
+        sampling.sample = sample
+        self.cpu_s += self._now() - self._apart_s
 
-    def _apart(self, act: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any) -> Any:
-            began = time.thread_time()
-            try:
-                return act(*args)
-            finally:
-                self.seconds -= time.thread_time() - began
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self._steps))
 
-        return timed
+    def interval_s(self) -> float:
+        """Median time from the beginning of a step to the next one's."""
+        return _median_interval(self._begins)
+
+    def again_s(self) -> float:
+        """The same of the same steps without a server, each token drawn."""
+        sequences = {key: self._engine.open() for key in self._prompts}
+        for key, ids in self._prompts.items():
+            self._engine.prefill(sequences[key], ids)
+        begins = []
+        for at, step in enumerate(self._steps):
+            begins.append(time.perf_counter())
+            for logits in self._engine.step([Chunk(sequences[key], ids) for key, ids in step.items()]):
+                sample(logits[0], self._engine.recommended_sampling, at)
+        for sequence in sequences.values():
+            sequence.close()
+        return _median_interval(begins)
+
+    def _step(self, chunks: Sequence[Chunk]) -> Sequence[torch.Tensor]:
+        decodes = all(len(chunk.ids) == 1 for chunk in chunks)
+        if not self._prompts and decodes and len(chunks) == self._streams:
+            self._prompts = {id(chunk.sequence): list(chunk.sequence.ids) for chunk in chunks}
+            self.cpu_s, self._apart_s, self.draws_s = -self._now(), 0.0, 0.0
+        if self._prompts:
+            self._steps.append({id(chunk.sequence): list(chunk.ids) for chunk in chunks})
+            self._begins.append(time.perf_counter())
+        if self._logits is None or not decodes:
+            return self._apart(type(self._engine).step, self._engine, chunks)
+        for chunk in chunks:
+            chunk.sequence.cache.advance(len(chunk.ids))
+            chunk.sequence.ids.extend(chunk.ids)
+        return [self._logits[len(chunk.sequence.ids) % 97] for chunk in chunks]
+
+    def _sample(self, *args: Any) -> Any:
+        if len(args) > 3:
+            return sample(*args)  # a draw under a mask is the grammar's
+        began = time.perf_counter()
+        token = self._apart(sample, *args)
+        self.draws_s += time.perf_counter() - began
+        return token
+
+    def _apart(self, act: Callable[..., Any], *args: Any) -> Any:
+        began = time.thread_time()
+        try:
+            return act(*args)
+        finally:
+            self._apart_s += time.thread_time() - began
 
     def _now(self) -> float:
         return sum(time.clock_gettime(clock) for clock in self._clocks)
 
 
-def _step_alone(engine: Engine, ids: list[int], streams: int, tokens: int) -> float:
-    """Seconds a step over `streams` sequences that grow from `ids` by `tokens`, each token sampled."""
-    sequences = [engine.open() for _ in range(streams)]
-    for sequence in sequences:
-        engine.prefill(sequence, ids)
-    began = time.perf_counter()
-    for at in range(tokens):
-        for logits in engine.step([Chunk(sequence, [ids[at % len(ids)]]) for sequence in sequences]):
-            sample(logits[0], engine.recommended_sampling, at)
-    seconds = time.perf_counter() - began
-    for sequence in sequences:
-        sequence.close()
-    return seconds / tokens
+def _median_interval(times: Sequence[float]) -> float:
+    return statistics.median(later - sooner for sooner, later in pairwise(times))
 
 
 def stream_all(port: int, path: str, bodies: list[dict[str, Any]]) -> float:

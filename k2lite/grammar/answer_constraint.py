@@ -1,5 +1,7 @@
 """What an answer may be made of: free text, calls of declared tools with valid arguments, or JSON of a schema.
 
+For each token: `forced`, else a draw that `allows` judges, else a draw under `mask`; then `accept`.
+
 Invariant: at every point the tokens that are left suffice for a valid end; a token after which they would not is
 replaced by the first of the shortest end, which is then written out. So every opened call is completed, and is valid.
 """
@@ -46,7 +48,7 @@ class _At(Enum):
 
 
 class AnswerConstraint:
-    """`mask` and `accept` in turn, once a token. `stop_ids` end an answer."""
+    """`left` is always the number of tokens that may still be made. `stop_ids` end an answer."""
 
     def __init__(
         self,
@@ -80,8 +82,8 @@ class AnswerConstraint:
         )
         self._names = {name: f"functions.{name}:".encode() for name in rules.tools}
         self._endings = {name: self._call_tokens(name) for name in rules.tools}
-        self._free: torch.Tensor | None = None  # what free text may be of
-        self._free_call = torch.empty(0, dtype=torch.bool)  # and where a call may begin too
+        self._free: Mask | None = None  # what free text may be of
+        self._free_call = np.empty(0, dtype=np.bool_)  # and where a call may begin too
 
     @property
     def finished(self) -> bool:
@@ -95,19 +97,37 @@ class AnswerConstraint:
             return len(self._rules.text.shortest_ids) + (self._at is _At.THOUGHT)
         return 0
 
-    def mask(self, left: int) -> torch.Tensor | None:
-        """bool [vocab]; None where everything is allowed."""
+    def forced(self, left: int) -> int | None:
+        """The one token that must come next; None where there is a choice."""
         if not self._plan and left <= self._needed_now():
             self._leave()
-        if self._plan:
+        return self._plan[0] if self._plan else None
+
+    def allows(self, token: int, left: int) -> bool:
+        """Whether a token may come: those that `mask` has, and other spellings of a text for which it has one. Asked
+        where nothing is forced."""
+        if self._is_free():
+            return bool(self._free_text(left)[token])
+        writer = self._writer
+        if writer is None or (self._at is _At.TEXT and not writer.begun):
+            return bool(self._allowed(left)[token])
+        ends = token == self._control.call_end if self._at is _At.ARGUMENTS else token in self._stop_ids
+        return writer.complete() if ends else writer.allows(token)
+
+    def mask(self, left: int) -> torch.Tensor:
+        """bool [vocab], true where a token is allowed: what is forced alone."""
+        if self.forced(left) is not None:
             return self._only(self._plan[0])
-        if self._at is _At.TEXT and self._writer is None and self._rules.text is None and self._rules.call != "must":
-            return self._free_text(left)
+        if self._is_free():
+            return torch.from_numpy(self._free_text(left))
         allowed = self._allowed(left)
         if not allowed.any():
             self._leave()
             return self._only(self._plan[0])
         return torch.from_numpy(allowed)
+
+    def _is_free(self) -> bool:
+        return self._at is _At.TEXT and self._rules.text is None and self._rules.call != "must"
 
     def accept(self, token: int, left: int) -> int:
         """Write `token`, or the first of the shortest end if the rest would not fit into `left` - 1 tokens."""
@@ -208,12 +228,12 @@ class AnswerConstraint:
         return self._may_think and left >= self.shortest() + 2
 
     def _allow_json(self, allow: Mask, left: int) -> None:
-        if self._writer is None:
+        writer = self._text_writer()
+        if not writer.begun:
             if self._rules.call == "may" and self._call_fits(left):
                 allow[_known([self._control.section_begin])] = True
             if self._may_think_now(left):
                 allow[_known([self._control.think_begin])] = True
-        writer = self._text_writer()
         allow |= writer.mask()
         if writer.complete():
             allow[sorted(self._stop_ids)] = True
@@ -230,19 +250,16 @@ class AnswerConstraint:
         firsts = {rest[:size] for rest in rests for size in range(1, len(rest) + 1)}
         return [(token, text) for text in firsts if (token := self._vocabulary.ids.get(text)) is not None]
 
-    def _free_text(self, left: int) -> torch.Tensor:
+    def _free_text(self, left: int) -> Mask:
         """Everything but the tokens that structure calls; a section may begin where a call may and fits."""
         if self._free is None:
-            self._free = torch.ones(self._vocabulary.size, dtype=torch.bool)
-            self._free[self._structural] = False
-            self._free[torch.from_numpy(~self._vocabulary.ordinary)] = False
+            control = self._control
             ends = [token for token in self._stop_ids if token < self._vocabulary.size]
-            self._free[[*ends, *(token for token in (self._control.think_begin, self._control.think_end) if token)]] = (
-                True
-            )
-            self._free_call = torch.clone(self._free)
-            if self._control.section_begin is not None:
-                self._free_call[self._control.section_begin] = True
+            self._free = self._vocabulary.ordinary.copy()
+            self._free[[*ends, *_known([control.think_begin, control.think_end])]] = True
+            self._free[self._structural] = False
+            self._free_call = self._free.copy()
+            self._free_call[_known([control.section_begin])] = True
         return self._free_call if self._rules.call == "may" and self._call_fits(left) else self._free
 
     def _call_fits(self, left: int) -> bool:
@@ -287,13 +304,10 @@ class AnswerConstraint:
             self._at, self._writer = _At.SECTION, None
         elif at is _At.SECTION:
             self._at, self._name = (_At.NAME, b"") if token == control.call_begin else (_At.END, b"")
+            self._name_the_only_one()
         elif at is _At.NAME:
             self._name += self._vocabulary.texts[token]
-            name = next((name for name, header in self._names.items() if header == self._name), None)
-            if name is not None:
-                self._at, self._writer, self._spent = _At.NUMBER, JsonWriter(self._rules.tools[name]), 0
-                if not self._plan:
-                    self._plan = _known([*self._number(), control.arguments])
+            self._name_the_only_one()
         elif at is _At.NUMBER:
             self._at = _At.ARGUMENTS if token == control.arguments else at
         elif at is _At.ARGUMENTS and token == control.call_end:
@@ -302,6 +316,18 @@ class AnswerConstraint:
             self._endings = {name: self._call_tokens(name) for name in self._endings}
         elif at is _At.ARGUMENTS or (at is _At.TEXT and self._rules.text is not None):
             self._write_json(token)
+
+    def _name_the_only_one(self) -> None:
+        """Once a name is decided, so are the rest of it, the number and the mark. No name begins another: all end with
+        a colon."""
+        names = self._candidates(self._name) if self._at is _At.NAME else []
+        if len(names) != 1:
+            return
+        rest = self._names[names[0]][len(self._name) :]
+        if not rest:
+            self._at, self._writer, self._spent = _At.NUMBER, JsonWriter(self._rules.tools[names[0]]), 0
+        if not self._plan:
+            self._plan = _known([*self._vocabulary.tokens_of(rest), *self._number(), self._control.arguments])
 
     def _write_json(self, token: int) -> None:
         writer = self._writer or self._text_writer()

@@ -74,6 +74,8 @@ class JsonWriter:
         self._machine = Machine(grammar.root)
         self._matcher = grammar.matcher()
         self.state: State = self._machine.start
+        self.begun = False  # whether anything is written
+        self._ending_tokens: dict[State, int] = {}  # of states seen: within a string it is the same one
 
     def mask(self) -> Mask:
         """Tokens that go on with the text. All ordinary ones where llguidance gave up: `after` still judges."""
@@ -85,13 +87,19 @@ class JsonWriter:
             np.bool_
         )
 
+    def allows(self, token: int) -> bool:
+        """Whether a token may come: those that `mask` has, and other spellings of a text for which it has one."""
+        return bool(self._vocabulary.texts[token]) and (
+            self._matcher.is_error() or self._matcher.validate_tokens([token]) == 1
+        )
+
     def after(self, token: int) -> State | None:
         """The state after a token, None if the text can't go on with it."""
         text = self._vocabulary.texts[token]
         return (self._machine.advance(self.state, text) or None) if text else None
 
     def commit(self, token: int, state: State) -> None:
-        self.state = state
+        self.state, self.begun = state, True
         if not self._matcher.is_error():
             self._matcher.consume_token(token)
 
@@ -104,7 +112,11 @@ class JsonWriter:
 
     def ending_fits(self, state: State, room: int) -> bool:
         """Whether the shortest end from a state takes at most `room` tokens."""
-        return self._machine.bytes_left(state) <= room or len(self.ending(state)) <= room
+        if self._machine.bytes_left(state) <= room:
+            return True
+        if state not in self._ending_tokens:
+            self._ending_tokens[state] = len(self.ending(state))
+        return self._ending_tokens[state] <= room
 
     def ending(self, state: State) -> list[int]:
         """Tokens of the shortest end."""

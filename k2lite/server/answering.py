@@ -15,10 +15,17 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Constraint(Protocol):
-    """What decoding may write. `mask` and `accept` are called in turn, once a token."""
+    """What decoding may write. For each token: `forced`, or a token chosen by `allows` and `mask`; then `accept`.
+    `left` tokens may still be made."""
 
-    def mask(self, left: int) -> torch.Tensor | None:
-        """bool [vocab], true where a token is allowed; None where all are. `left` tokens may still be made."""
+    def forced(self, left: int) -> int | None:
+        """The one token that must come next; None where there is a choice."""
+
+    def allows(self, token: int, left: int) -> bool:
+        """Whether a token may come: those that `mask` has, and other spellings of a text for which it has one."""
+
+    def mask(self, left: int) -> torch.Tensor:
+        """bool [vocab], true where a token is allowed."""
 
     def accept(self, token: int, left: int) -> int:
         """The token that is written: `token`, or one that leads to a valid end where `left` would not suffice."""

@@ -17,6 +17,7 @@ from .answering import Finish, FinishReason, Piece, Usage
 from .conversation import Conversation, Tool, without_billing_header
 from .errors import ApiError, invalid
 from .fields import Fields
+from .json_text import to_json
 from .service import Answer, Limits, Service, Wanted
 
 KINDS = {
@@ -136,7 +137,7 @@ def _assistant(blocks: list[Fields]) -> dict[str, Any]:
             thoughts.append(block.string("thinking", "") or "")
         elif kind == "tool_use":
             given = block.object("input")
-            arguments = json.dumps(dict(given.values) if given else {}, ensure_ascii=False)
+            arguments = to_json(dict(given.values) if given else {})
             function = {"name": block.required_string("name"), "arguments": arguments}
             calls.append({"id": block.required_string("id"), "type": "function", "function": function})
         elif kind != "redacted_thinking":
@@ -213,7 +214,7 @@ class MessageWriter:
                         for text in _streamed(event, blocks):
                             yield text
         except ApiError as error:
-            yield f"event: error\ndata: {json.dumps(error_body(error))}\n\n"
+            yield f"event: error\ndata: {to_json(error_body(error))}\n\n"
             return
         for text in _closed(blocks):
             yield text
@@ -312,4 +313,4 @@ def usage(counted: Usage) -> dict[str, Any]:
 
 
 def sse(kind: str, **values: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **values}, ensure_ascii=False)}\n\n"
+    return f"event: {kind}\ndata: {to_json({'type': kind, **values})}\n\n"

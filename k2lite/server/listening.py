@@ -47,6 +47,19 @@ class _Protocol(H11Protocol):
         else:
             self._forget()
 
+    def send_400_response(self, msg: str) -> None:
+        """What follows a good request on its connection is not HTTP: who works on that request must not answer after
+        this, nor this within its answer."""
+        if self.cycle is None or self.cycle.response_complete:
+            super().send_400_response(msg)
+            return
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        if self.cycle.response_started:
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)

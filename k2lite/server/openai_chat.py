@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +13,7 @@ from .answering import Finish, Piece, TokenRecord, Usage
 from .conversation import Conversation, Tool
 from .errors import ApiError, invalid
 from .fields import Fields
+from .json_text import to_json
 from .openai_messages import read_messages
 from .service import Answer, Limits, Service, Wanted
 
@@ -144,6 +144,9 @@ class ChatWriter:
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self._service = service
+        head = to_json(self._head("chat.completion.chunk"))
+        # what all chunks of an answer begin with
+        self._begin = f'data: {head[:-1]}, "choices": [{{"index": 0, "delta": '
 
     async def whole(self, answer: Answer) -> dict[str, Any]:
         """The answer as one object."""
@@ -188,8 +191,8 @@ class ChatWriter:
         return {"id": self.id, "object": kind, "created": self.created, "model": self._service.name}
 
     def _chunk(self, delta: dict[str, Any], *, finish_reason: str | None = None, logprobs: Any = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
-        return sse({**self._head("chat.completion.chunk"), "choices": [choice]})
+        end = f'"finish_reason": {to_json(finish_reason)}, "logprobs": {to_json(logprobs)}}}]}}'
+        return f"{self._begin}{to_json(delta)}, {end}\n\n"
 
     def _logprobs(self, answer: Answer, records: Any) -> dict[str, Any] | None:
         if answer.job.request.top_logprobs is None or not (records or not answer.done):
@@ -253,4 +256,4 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def sse(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {to_json(value)}\n\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +13,7 @@ from .answering import Finish, Piece, Usage
 from .conversation import Conversation, Tool
 from .errors import ApiError, invalid
 from .fields import Fields
+from .json_text import to_json
 from .openai_chat import read_tool_choice
 from .service import Answer, Limits, Service, Wanted
 
@@ -276,4 +276,4 @@ class ResponseWriter:
     def _sse(self, kind: str, **values: Any) -> str:
         event = {"type": kind, "sequence_number": self._number, **values}
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n"
+        return f"event: {kind}\ndata: {to_json(event)}\n\n"

@@ -11,12 +11,13 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from k2lite.engine import Chunk, Engine, Sequence
 from k2lite.quant.errors import K2LiteError
-from k2lite.sampling import Token, sample
+from k2lite.sampling import Token, sample, sample_allowed
 from k2lite.text.answer_reader import State
 
 from .answering import Failure, Finish, Job, News, Piece, TokenRecord
@@ -70,6 +71,7 @@ class Scheduler:
         self._active: list[_Active] = []
         self._news = threading.Condition()
         self._closing = False
+        self._told: list[tuple[Job, News]] = []
         self._thread = threading.Thread(target=self._run, name="k2lite-scheduler", daemon=True)
 
     def start(self) -> None:
@@ -124,6 +126,7 @@ class Scheduler:
                 jobs = [*self._waiting.jobs, *(active.job for active in self._active)]
             for job in jobs:
                 self._report(job, error)
+            self._deliver()
             raise
 
     def _work(self) -> None:
@@ -140,6 +143,7 @@ class Scheduler:
                 self._guarded(job, lambda job=job: self._admit(job))
             if any(active.arriving is None for active in self._active):
                 self._step()
+            self._deliver()
 
     def _nothing_to_do(self) -> bool:
         """Nobody can be admitted, and all who are wait for the drive."""
@@ -198,31 +202,31 @@ class Scheduler:
             if share:
                 last = share == len(active.todo)
                 chunks[active] = Chunk(active.sequence, active.todo[:share], "last" if last else "none")
-        made = 0
+        before = self.totals.completion_tokens
         for active, logits in self._stepped(chunks):
             del active.todo[: len(chunks[active].ids)]
             if logits.shape[0]:
-                made += 1
                 self._guarded(active.job, lambda a=active, row=logits[0]: self._choose(a, row))
         seconds = time.perf_counter() - began
         self.totals.steps += 1
         self.totals.step_s += seconds
-        self.totals.completion_tokens += made
+        made = self.totals.completion_tokens - before
         self.totals.decode_rate += 0.1 * (made / seconds - self.totals.decode_rate)
 
     def _shares(self) -> list[int]:
-        """Tokens each active job may bring into the next step: all that decode, prompts in turn until it is full."""
+        """Tokens each active job may bring into the next step: answers first, with one each at least, then prompts in
+        turn until it is full."""
         plan = self.engine.placement
         # experts that come from the drive are read once a step, so a prompt brings all that the plan has room for
         room = (
             min(PROMPT_TOKENS_A_STEP, plan.prefill_chunk_tokens) if plan.everything_fits else plan.prefill_chunk_tokens
         )
         room = max(1, room - self.slots)
-        shares = []
-        for active in self._active:
-            share = 1 if len(active.todo) == 1 else min(room, len(active.todo))
-            room -= share if share > 1 else 0
-            shares.append(share)
+        shares = [0] * len(self._active)
+        for at, active in sorted(enumerate(self._active), key=lambda place: not place[1].made):
+            own = int(bool(active.made) or len(active.todo) == 1)  # what a slot is sure of
+            shares[at] = min(len(active.todo), room + own)
+            room -= max(0, shares[at] - own)
         return shares
 
     def _stepped(self, chunks: dict[_Active, Chunk]) -> list[tuple[_Active, torch.Tensor]]:
@@ -238,39 +242,58 @@ class Scheduler:
         return [result for active, chunk in chunks.items() for result in self._stepped({active: chunk})]
 
     def _choose(self, active: _Active, logits: torch.Tensor) -> None:
+        """Write the next token, and with it those that leave no choice: they go into one step."""
+        constraint = active.job.request.constraint
+        going_on = self._write(active, self._next(active, logits), logits)
+        while going_on and constraint and active.job.request.top_logprobs is None:
+            forced = constraint.forced(active.left)
+            if forced is None:
+                break
+            going_on = self._write(active, forced, logits)
+
+    def _next(self, active: _Active, logits: torch.Tensor) -> int:
+        """A token drawn from logits, or the one that must come."""
+        params, position, left = active.job.request.params, len(active.sequence.ids), active.left
+        constraint = active.job.request.constraint
+        if constraint is None:
+            return sample(logits, params, position)
+        forced = constraint.forced(left)
+        if forced is not None:
+            return forced
+        allows, mask = partial(constraint.allows, left=left), partial(constraint.mask, left)
+        return sample_allowed(logits, params, position, allows, mask)
+
+    def _write(self, active: _Active, token: int, logits: torch.Tensor) -> bool:
+        """Take a token into the answer; whether the answer goes on."""
         request, reader = active.job.request, active.job.request.reader
         constraint = request.constraint
-        mask = constraint.mask(active.left) if constraint else None
-        token = sample(logits, request.params, len(active.sequence.ids), mask)
-        chosen = int(token)
-        if constraint:
-            chosen = constraint.accept(chosen, active.left)
+        chosen = constraint.accept(int(token), active.left) if constraint else int(token)
         active.made.append(chosen)
+        self.totals.completion_tokens += 1
         usage = active.job.usage
         usage.completion_tokens += 1
         if chosen in self.engine.stop_ids:
             self._finish(active, reader.flush())
-            return
+            return False
         usage.reasoning_tokens += reader.state is State.REASONING
         spoken = reader.state is State.TEXT
         events = reader.feed(chosen)
-        records = (
-            [self._record(token, chosen, logits, request.top_logprobs)]
-            if spoken and (request.top_logprobs is not None)
-            else []
-        )
+        records = []
+        if spoken and request.top_logprobs is not None:
+            records = [self._record(token, chosen, logits, request.top_logprobs)]
         if reader.stopped is not None or not active.left or (constraint and constraint.finished):
             self._finish(active, [*events, *reader.flush()], records)
-            return
+            return False
         if events or records:
             self._tell(active.job, Piece(events, records))
         active.todo.append(chosen)
+        return True
 
-    def _record(self, token: Token, chosen: int, logits: torch.Tensor, count: int | None) -> TokenRecord:
-        if not count and chosen == token:
+    def _record(self, token: int, chosen: int, logits: torch.Tensor, count: int) -> TokenRecord:
+        if not count and chosen == token and isinstance(token, Token):
             return TokenRecord(chosen, token.logprob)
         logprobs = torch.log_softmax(logits.double(), dim=-1)
-        values, ids = torch.topk(logprobs, min(count or 0, len(logprobs)))
+        values, ids = torch.topk(logprobs, min(count, len(logprobs)))
         return TokenRecord(chosen, float(logprobs[chosen]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _finish(self, active: _Active, events: list, records: list[TokenRecord] | None = None) -> None:  # type: ignore[type-arg]
@@ -314,5 +337,11 @@ class Scheduler:
         self._tell(job, Failure(error))
 
     def _tell(self, job: Job, news: News) -> None:
-        if not job.cancelled:
-            job.tell(news)
+        """Have a client told at the end of the step: told now, its thread would take turns with this one."""
+        self._told.append((job, news))
+
+    def _deliver(self) -> None:
+        for job, news in self._told:
+            if not job.cancelled:
+                job.tell(news)
+        self._told.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ class Service:
         self.control = ControlIds(engine.tokenizer)
         self.vocabulary = Vocabulary(engine.tokenizer, engine.config.vocab_size)
         self.grammars = Grammars(self.vocabulary)
+        self._posted: _Post | None = None
         prefixes = PrefixCache(engine, keep=self.limits.kept_prefixes, store=store)
         self.scheduler = Scheduler(engine, slots=self.limits.slots, queue=self.limits.queue, prefixes=prefixes)
 
@@ -152,11 +154,17 @@ class Service:
         named = {name: value for name, value in given.items() if value is not None}
         return replace(self.engine.recommended_sampling, **{"seed": secrets.randbits(32), **named})
 
+    def _post(self) -> _Post:
+        loop = asyncio.get_running_loop()
+        if self._posted is None or self._posted.loop is not loop:
+            self._posted = _Post(loop)
+        return self._posted
+
     @asynccontextmanager
     async def answer(self, request: AnswerRequest, client: str = "") -> AsyncIterator[Answer]:
         """Run a request; leaving the block cancels what is not done. Clients take turns where requests wait. Raises
         ApiError 429 where the queue is full."""
-        answer = Answer(request, client)
+        answer = Answer(request, client, self._post())
         if not self.scheduler.submit(answer.job):
             if not self.scheduler.alive:
                 raise broken()
@@ -172,24 +180,59 @@ class Service:
 class Answer:
     """Iterate for news; `usage` grows with it."""
 
-    def __init__(self, request: AnswerRequest, client: str) -> None:
-        loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[News] = asyncio.Queue()
+    def __init__(self, request: AnswerRequest, client: str, post: _Post) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news: deque[News] = deque()
+        self._waiter: asyncio.Future[None] | None = None
         self.done = False
 
         def tell(news: News) -> None:
-            try:
-                loop.call_soon_threadsafe(self._queue.put_nowait, news)
-            except RuntimeError:  # the loop has ended, and with it everyone who listens
+            if not post.bring(self, news):
                 self.job.cancelled = True
 
         self.job = Job(request, tell, client, Usage(prompt_tokens=len(request.ids)))
         self.usage = self.job.usage
 
+    def take(self, news: News) -> None:
+        """Called in the event loop."""
+        self._news.append(news)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
     async def __aiter__(self) -> AsyncIterator[News]:
         while not self.done:
-            news = await self._queue.get()
+            if not self._news:
+                self._waiter = self._loop.create_future()
+                await self._waiter
+            news = self._news.popleft()
             self.done = isinstance(news, Finish | Failure)
             if isinstance(news, Failure):
                 raise broken() from news.error
             yield news
+
+
+class _Post:
+    """Brings news from the scheduler's thread into the event loop: one wake-up for all that lies here when it looks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._lying: deque[tuple[Answer, News]] = deque()
+        self._rung = False
+
+    def bring(self, answer: Answer, news: News) -> bool:
+        """False where the loop has ended, and with it everyone who listens."""
+        self._lying.append((answer, news))
+        if not self._rung:
+            self._rung = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._rung = False
+                return False
+        return True
+
+    def _deliver(self) -> None:
+        self._rung = False  # before looking: what comes from here on rings again
+        while self._lying:
+            answer, news = self._lying.popleft()
+            answer.take(news)

@@ -94,6 +94,18 @@ def test_what_does_not_fit_the_context_is_refused_before_any_work(engine: k2lite
     assert engine.counters.prefill_tokens == before
 
 
+def test_sequences_that_want_the_same_experts_ask_for_them_once_a_step(engine: k2lite.Engine) -> None:
+    first = engine.open(32)
+    engine.prefill(first, PROMPT)
+    second, third = first.fork(len(PROMPT)), first.fork(len(PROMPT))
+    asked = []
+    for together in ([first], [second, third]):
+        before = engine.experts.counters.requested_experts
+        engine.step([Chunk(sequence, [5]) for sequence in together])
+        asked.append(engine.experts.counters.requested_experts - before)
+    assert asked[0] == asked[1] > 0
+
+
 def test_a_prompt_is_checked_whole_before_its_first_chunk(engine: k2lite.Engine) -> None:
     before = engine.experts.counters.requested_experts
     for ids, error, message in (

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from k2lite.quant.errors import K2LiteError, RequestError
-from k2lite.sampling import SamplingParams, sample
+from k2lite.sampling import SamplingParams, sample, sample_allowed
 from tests.samples import examples
 
 
@@ -98,6 +98,25 @@ def test_a_mask_forbids() -> None:
     assert drawn == {1, 2}
     with pytest.raises(K2LiteError, match="no token is possible"):
         sample(logits, SamplingParams(), 0, torch.zeros(3, dtype=torch.bool))
+
+
+def test_a_free_draw_that_is_not_allowed_is_made_again_under_the_mask() -> None:
+    logits = torch.tensor([2.0, 0.0, 1.0, 1.5])
+    mask = torch.tensor([False, True, True, True])
+    params, masks = SamplingParams(temperature=1.0, seed=4), 0
+
+    def made() -> torch.Tensor:
+        nonlocal masks
+        masks += 1
+        return mask
+
+    drawn = [
+        int(sample_allowed(logits, params, position, lambda token: bool(mask[token]), made)) for position in range(4000)
+    ]
+    expected = torch.softmax(logits.masked_fill(~mask, -torch.inf), 0).numpy()
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, expected, atol=0.03)
+    free = float(torch.softmax(logits, 0)[0])
+    assert masks == pytest.approx(4000 * free, rel=0.1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

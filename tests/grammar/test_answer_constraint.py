@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from k2lite.grammar.answer_constraint import AnswerConstraint, Rules
 from k2lite.grammar.json_writer import Grammar, Grammars
 from k2lite.grammar.vocabulary import Vocabulary
-from k2lite.sampling import SamplingParams, sample
+from k2lite.sampling import SamplingParams, sample, sample_allowed
 from k2lite.text.answer_reader import AnswerReader, CallArguments, CallBegin, ControlIds, Text
 from k2lite.text.tokenizer import Tokenizer
 from tests.grammar.schemas import SCHEMAS, TREE, valid
@@ -35,10 +35,8 @@ class Written:
         limit = constraint.shortest() + extra
         events = []
         for made in range(limit):
-            mask = constraint.mask(limit - made)
             logits = torch.randn(words.size, generator=generator)
-            token = sample(logits, SamplingParams(temperature=1, seed=seed), made, mask)
-            self.ids.append(constraint.accept(int(token), limit - made))
+            self.ids.append(constraint.accept(self._next(words, constraint, logits, limit - made), limit - made))
             if self.ids[-1] in tokenizer.end_of_turn_ids:
                 break
             events += reader.feed(self.ids[-1])
@@ -52,6 +50,28 @@ class Written:
             "".join(event.text for event in events if isinstance(event, CallArguments) and event.index == call.index)
             for call in self.begun
         ]
+
+    def _next(self, words: Vocabulary, constraint: AnswerConstraint, logits: torch.Tensor, left: int) -> int:
+        """As the server does it, or a single byte: a spelling that no tokenizer would choose. `forced` and `allows` say
+        what the mask says, but where it has one token for what may be spelt in several ways."""
+        forced = constraint.forced(left)
+        bytes_first = [
+            words.ids[bytes([byte])] for byte in sorted(range(32, 127), key=lambda byte: float(logits[byte]))
+        ]
+        params = SamplingParams(temperature=1, seed=len(self.ids))
+        token = sample_allowed(
+            logits, params, left, lambda token: constraint.allows(token, left), lambda: constraint.mask(left)
+        )
+        allowed = {byte for byte in bytes_first if forced is None and constraint.allows(byte, left)}
+        mask = constraint.mask(left)
+        if forced is not None:
+            assert torch.nonzero(mask).ravel().tolist() == [forced]
+            return forced
+        if constraint.forced(left) is None:
+            masked = {byte for byte in bytes_first if mask[byte]}
+            assert masked <= allowed
+            assert masked == allowed or mask.sum() == 1
+        return next((byte for byte in bytes_first if byte in allowed and logits[0] > 0), token)
 
     def check(self, schemas: Mapping[str, Any], first: int) -> None:
         """Every call is declared, numbered in order, and satisfies its schema."""

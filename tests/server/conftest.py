@@ -13,13 +13,16 @@ import pytest
 import uvicorn
 
 import k2lite
-from k2lite.demo_checkpoint import write_random_demo
+from k2lite.demo_checkpoint import DEMO_CONFIG, write_random_demo, write_random_model
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.engine import Engine
+from k2lite.quant.formats import FP8_NAME
 from k2lite.server.app import Server
 from k2lite.server.listening import config, listen
 from k2lite.server.prefix_store import PrefixStore
 from k2lite.server.service import Limits, Service
+
+PATIENCE_S = 600  # for a reply on a machine that is busy or stands still; nothing waits longer than it must
 
 
 @contextmanager
@@ -55,6 +58,15 @@ def random_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 
 @pytest.fixture(scope="session")
+def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Where it does not matter what the model says."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    config = {**DEMO_CONFIG, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    write_random_model(folder, config, experts=FP8_NAME, trunk=FP8_NAME, seed=0)
+    return k2lite.load(folder, context=2048)
+
+
+@pytest.fixture(scope="session")
 def demo_server(demo_engine: Engine) -> Iterator[tuple[str, Service]]:
     with served(demo_engine) as server:
         yield server
@@ -63,6 +75,12 @@ def demo_server(demo_engine: Engine) -> Iterator[tuple[str, Service]]:
 @pytest.fixture(scope="session")
 def random_server(random_engine: Engine) -> Iterator[tuple[str, Service]]:
     with served(random_engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_engine: Engine) -> Iterator[tuple[str, Service]]:
+    with served(tiny_engine) as server:
         yield server
 
 

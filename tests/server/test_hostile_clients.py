@@ -20,12 +20,11 @@ import pytest
 from k2lite.engine import Engine
 from k2lite.server.service import Limits, Service
 from tests.samples import examples
-from tests.server.conftest import served
+from tests.server.conftest import PATIENCE_S, served
 from tests.server.test_staying_up import soon
 from tests.server.tools import CLAUDE_TOOL, TOOL, UNITS
 
 AT_ONCE = 32
-PATIENCE_S = 60
 BODY_LIMIT = 1 << 20
 LONGEST = 24
 HEAD_S = "k2lite.server.listening.HEAD_S"
@@ -64,10 +63,10 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hasty(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Service]]:
+def hasty(tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Service]]:
     """A server that waits for nobody."""
     monkeypatch.setattr(HEAD_S, 0.3)
-    with served(random_engine, limits=Limits(queue=8 * AT_ONCE, body_s=0.3)) as server:
+    with served(tiny_engine, limits=Limits(queue=8 * AT_ONCE, body_s=0.3)) as server:
         yield server
 
 
@@ -177,11 +176,14 @@ async def crowd(rng: random.Random, count: int, kinds: Sequence[str], address: s
 
 @pytest.mark.usefixtures("short_answers")
 def test_every_reply_is_meant_and_nothing_grows(
-    random_engine: Engine, hasty: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
+    tiny_engine: Engine,
+    hasty: tuple[str, Service],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rng = random.Random(9)
     me = psutil.Process()
-    with served(random_engine, limits=Limits(queue=8 * AT_ONCE, max_body_bytes=BODY_LIMIT)) as (address, service):
+    with served(tiny_engine, limits=Limits(queue=8 * AT_ONCE, max_body_bytes=BODY_LIMIT)) as (address, service):
 
         def come(count: int) -> Counter[tuple[str, int]]:
             """To one server after the other, since they share an engine; what is damaged may never end."""
@@ -202,6 +204,7 @@ def test_every_reply_is_meant_and_nothing_grows(
         assert me.memory_info().rss < memory + (64 << 20)
         assert httpx.get(f"{address}/ready").status_code == 200
     print(sorted(replies.items()))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
     answered = sum(count for (_, status), count in replies.items() if status)
     assert answered > examples(500) // 2
     assert {status for _, status in replies} >= {200, 400, 404, 405, 413}
@@ -223,10 +226,10 @@ def test_a_body_that_never_ends_is_a_408(hasty: tuple[str, Service]) -> None:
 
 
 def test_too_many_connections_are_turned_away_until_some_end(
-    random_engine: Engine, monkeypatch: pytest.MonkeyPatch
+    tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("k2lite.server.listening.CONNECTIONS", 8)
-    with served(random_engine) as (address, _):
+    with served(tiny_engine) as (address, _):
         host, port = address.removeprefix("http://").split(":")
         silent = [socket.create_connection((host, int(port))) for _ in range(8)]
         assert soon(lambda: httpx.get(f"{address}/health").status_code == 503)

@@ -15,6 +15,7 @@ from k2lite.server.app import Server
 from k2lite.server.openapi import described
 from k2lite.server.service import Service
 from tests.samples import examples
+from tests.server.conftest import PATIENCE_S
 
 DESCRIPTION = described()
 ASKED = [(path, verbs["post"]) for path, verbs in DESCRIPTION["paths"].items() if "post" in verbs]
@@ -64,31 +65,29 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return path, operation, body
 
 
-def test_every_route_is_described(random_engine: Engine) -> None:
-    app = Server(Service(random_engine, name="kimi")).app()
+def test_every_route_is_described(tiny_engine: Engine) -> None:
+    app = Server(Service(tiny_engine, name="kimi")).app()
     served = {route.path.replace(":path", "") for route in app.routes}  # type: ignore[attr-defined]
     assert served - {"/", "/openapi.json"} == set(DESCRIPTION["paths"])
 
 
-def test_the_description_is_served_and_its_schemas_are_valid(random_server: tuple[str, Service]) -> None:
-    assert httpx.get(f"{random_server[0]}/openapi.json").json() == DESCRIPTION
+def test_the_description_is_served_and_its_schemas_are_valid(tiny_server: tuple[str, Service]) -> None:
+    assert httpx.get(f"{tiny_server[0]}/openapi.json").json() == DESCRIPTION
     for schema in DESCRIPTION["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/kimi", "/v1/models/x", "/api/state", "/health", "/ready"])
-def test_what_is_read_has_the_described_shape(random_server: tuple[str, Service], path: str) -> None:
+def test_what_is_read_has_the_described_shape(tiny_server: tuple[str, Service], path: str) -> None:
     described_path = "/v1/models/{name}" if path.startswith("/v1/models/") else path
-    judge(httpx.get(random_server[0] + path), DESCRIPTION["paths"][described_path]["get"])
+    judge(httpx.get(tiny_server[0] + path), DESCRIPTION["paths"][described_path]["get"])
 
 
-def test_any_request_gets_a_described_reply(
-    random_server: tuple[str, Service], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_request_gets_a_described_reply(tiny_server: tuple[str, Service], monkeypatch: pytest.MonkeyPatch) -> None:
     real = Engine.check_request
     monkeypatch.setattr(Engine, "check_request", lambda self, have, want: min(real(self, have, want), 8))
     statuses = []
-    with httpx.Client(base_url=random_server[0], timeout=60) as client:
+    with httpx.Client(base_url=tiny_server[0], timeout=PATIENCE_S) as client:
 
         @given(requests())
         @settings(

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from k2lite.engine import Engine
 from k2lite.quant.errors import CheckpointError
@@ -76,13 +77,17 @@ def test_neighbours_do_not_change_an_answer(random_server: tuple[str, Service]) 
 
 
 @pytest.mark.usefixtures("endless")
-def test_a_request_the_engine_fails_at_fails_alone(random_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", ["drive", "NaN"])
+def test_a_request_the_engine_fails_at_fails_alone(
+    random_engine: Engine, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
     real = Engine.step
 
     def step(self: Engine, chunks: Any) -> Any:
-        if any(chunk.ids[0] == 65 and not chunk.sequence.ids for chunk in chunks):
+        bad = [chunk.ids[0] == 65 and not chunk.sequence.ids for chunk in chunks]
+        if trouble == "drive" and any(bad):
             raise CheckpointError("/secret/path/model-1.safetensors: can't be read: Input/output error")
-        return real(self, chunks)
+        return [row * torch.nan if wrong else row for row, wrong in zip(real(self, chunks), bad, strict=True)]
 
     with served(random_engine) as (address, _):
         url = f"{address}/v1/completions"
