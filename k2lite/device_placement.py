@@ -85,10 +85,9 @@ def plan_with_accelerator(
     chunk = share.chunk
     device = share.with_slots(where, weights)
     there = 0 if where == "host" else device.resident_slots
-    fewest = min(config.num_experts_per_tok + 1, weights.experts)  # whatever goes there comes through RAM
     host = plan_memory(
         config,
-        replace(weights, trunk=0, experts=max(fewest, weights.experts - there)),
+        replace(weights, trunk=0),
         backend.name,
         arithmetic_of(accelerator, where, device.slots, chunk)
         + (f", trunk to {changed[0].target.name}" if changed else ""),
@@ -98,10 +97,11 @@ def plan_with_accelerator(
         sequences=sequences,
         chunk=chunk,
         kv_elsewhere=True,
+        elsewhere=there,
     )
     # more may be in RAM at a time than stays there: what goes to the device comes through it
     ring = ring_of(config, host.slots) if where == "device" and weights.experts else host.ring_slots
-    return replace(host, experts=weights.experts, ring_slots=ring, multiply_on=where, device=device)
+    return replace(host, ring_slots=ring, multiply_on=where, device=device)
 
 
 def arithmetic_of(accelerator: Accelerator, where: ExpertsOn, slots: int, chunk: int) -> str:
