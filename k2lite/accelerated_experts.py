@@ -64,7 +64,7 @@ def device_experts(
     slots = DeviceSlots(accelerator.device.runtime, device.slots, nbytes, most)
     hot = _put_there(hottest, cache.store, trunk, slots)
     cache.elsewhere = hot.keys()
-    return cache, OnHost(trunk, accelerator.host, hot)
+    return cache, OnHost(trunk, accelerator.host, hot, cache.counters)
 
 
 def _put_there(
