@@ -238,7 +238,6 @@ def test_bench_counts_an_accelerators_memory_and_the_link_to_it(
         bound_s = facts["trunk_read_bytes"] / 4e11 + after / 6
         assert decode["bound_tok_s"] == pytest.approx(1 / bound_s)
         assert decode["share_of_bound"] == pytest.approx(decode["tok_s"] * bound_s)
-        assert max(decode["bound_s"], key=decode["bound_s"].get) in ("drive", "trunk")
 
 
 def test_bench_says_what_an_accelerator_did(
