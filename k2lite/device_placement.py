@@ -40,8 +40,8 @@ from .placement import (
 # What kernels and torch's allocator take beside what is planned.
 DEVICE_HEADROOM_BYTES = 256 << 20
 # Experts multiply on the accelerator if this share of them has room there. Below it more bytes cross the link a token
-# than RAM gives the processor in the time, on every machine of facts/routing.md section 4 (share 0.5 hits 0.89, so a
-# link of 25 GB/s carries what 227 GB/s of RAM do).
+# than RAM gives the processor in the time: share 0.5 hits 0.89 (speed_model.py), so a link of 25 GB/s carries what
+# 227 GB/s of RAM do.
 AUTO_DEVICE_SHARE = 0.5
 PASSING_SHARE = 1 / 8
 # Where a token's bits depend on its chunk, the chunk is part of the arithmetic, so no budget may choose it.
