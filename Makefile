@@ -21,12 +21,16 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
+# Files of tests side by side, a few at most for memory's sake. Torch has a thread in each: two on a core only wait.
+unit soak: export OMP_NUM_THREADS := 1
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist loadfile
+
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # The full counts of the seeded samples that `make test` takes.
 soak: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --soak
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --soak
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("k2lite needs Python 3.11 or newer, found " + sys.version.split()[0] + "; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -24,6 +24,10 @@ class ForwardingBackend(Backend):
         self.device = inner.device
         self._inner = inner
 
+    @property
+    def inner(self) -> Backend:
+        return self._inner
+
     def capabilities(self) -> Capabilities:
         return self._inner.capabilities()
 

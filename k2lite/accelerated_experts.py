@@ -63,7 +63,7 @@ def device_experts(
     slots = device_slots(accelerator, cache.store.checkpoint, device.slots)
     hot = _put_there(hottest, cache.store, trunk, slots)
     cache.elsewhere = hot.keys()
-    return source, OnHost(trunk, accelerator.host, hot)
+    return source, OnHost(trunk, accelerator.host, hot, cache.counters)
 
 
 def device_slots(accelerator: Accelerator, checkpoint: Checkpoint, count: int) -> DeviceSlots:

@@ -41,8 +41,8 @@ from .placement import (
 # What kernels and torch's allocator take beside what is planned.
 DEVICE_HEADROOM_BYTES = 256 << 20
 # Experts multiply on the accelerator if this share of them has room there. Below it more bytes cross the link a token
-# than RAM gives the processor in the time, on every machine of facts/routing.md section 4 (share 0.5 hits 0.89, so a
-# link of 25 GB/s carries what 227 GB/s of RAM do).
+# than RAM gives the processor in the time: share 0.5 hits 0.89 (speed_model.py), so a link of 25 GB/s carries what
+# 227 GB/s of RAM do.
 AUTO_DEVICE_SHARE = 0.5
 PASSING_SHARE = 1 / 8
 # Where a token's bits depend on its chunk, the chunk is part of the arithmetic, so no budget may choose it.
@@ -92,10 +92,9 @@ def plan_with_accelerator(
     chunk = share.chunk
     device = share.with_slots(where, weights)
     there = 0 if where == "host" else device.resident_slots
-    fewest = min(config.num_experts_per_tok + 1, weights.experts)  # whatever goes there comes through RAM
     host = plan_memory(
         config,
-        replace(weights, trunk=0, experts=max(fewest, weights.experts - there)),
+        replace(weights, trunk=0),
         backend.name,
         arithmetic_of(accelerator, where, device.slots, chunk)
         + (f", trunk to {changed[0].target.name}" if changed else ""),
@@ -106,10 +105,11 @@ def plan_with_accelerator(
         sequences=sequences,
         chunk=chunk,
         kv_elsewhere=True,
+        elsewhere=there,
     )
     # more may be in RAM at a time than stays there: what goes to the device comes through it
     ring = ring_of(config, host.slots) if where == "device" and weights.experts else host.ring_slots
-    return replace(host, experts=weights.experts, ring_slots=ring, multiply_on=where, device=device)
+    return replace(host, ring_slots=ring, multiply_on=where, device=device)
 
 
 def arithmetic_of(accelerator: Accelerator, where: ExpertsOn, slots: int, chunk: int) -> str:

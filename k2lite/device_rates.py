@@ -29,6 +29,16 @@ class DeviceRates:
 
 def measure_device(backend: TorchDeviceBackend, sample_bytes: int = SAMPLE_BYTES) -> DeviceRates:
     """In about a second, with twice `sample_bytes` on the device."""
+    memory, link = measure_memory_and_link(backend, sample_bytes)
+    with backend.telling():
+        side = max(256, int((sample_bytes // 8) ** 0.5) // 256 * 256)
+        square = backend.upload(torch.ones(side, side, dtype=torch.bfloat16))
+        flops = 2 * side**3 / _seconds(backend, lambda: square @ square)
+    return DeviceRates(memory, link, flops)
+
+
+def measure_memory_and_link(backend: TorchDeviceBackend, sample_bytes: int = SAMPLE_BYTES) -> tuple[float, float]:
+    """Bytes a second of the device's memory and of the link to it."""
     runtime = backend.runtime
     stream = runtime.compute_stream()
     with backend.telling():
@@ -40,11 +50,7 @@ def measure_device(backend: TorchDeviceBackend, sample_bytes: int = SAMPLE_BYTES
         finally:
             runtime.unpin(pages)
         # a copy reads and writes
-        memory = 2 * sample_bytes / _seconds(backend, lambda: target.copy_(source))
-        side = max(256, int((sample_bytes // 8) ** 0.5) // 256 * 256)
-        square = backend.upload(torch.ones(side, side, dtype=torch.bfloat16))
-        flops = 2 * side**3 / _seconds(backend, lambda: square @ square)
-    return DeviceRates(memory, link, flops)
+        return 2 * sample_bytes / _seconds(backend, lambda: target.copy_(source)), link
 
 
 def _seconds(backend: TorchDeviceBackend, work: Callable[[], object]) -> float:

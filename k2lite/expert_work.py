@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from k2lite.backends.base import Assignment, Backend
+from k2lite.offload.source import SourceCounters
 from k2lite.quant.types import ExpertKey, ExpertWeights
 
 # For each expert of a batch, in ascending order, where it was chosen: rows and slots of ids [T, K], int64 [n] each.
@@ -52,16 +53,28 @@ class BesideTrunk(ExpertPlaces):
 
 
 class OnHost(ExpertPlaces):
-    """All on the processor by `host`, but for those of `hot`, which lie beside the trunk for good."""
+    """All on the processor by `host`, but for those of `hot`, which lie beside the trunk for good. Their source never
+    hears of them, so they are counted here as `counters` has it."""
 
-    def __init__(self, trunk: Backend, host: Backend, hot: Mapping[ExpertKey, ExpertWeights] | None = None) -> None:
+    def __init__(
+        self,
+        trunk: Backend,
+        host: Backend,
+        hot: Mapping[ExpertKey, ExpertWeights] | None = None,
+        counters: SourceCounters | None = None,
+    ) -> None:
         self.trunk = trunk
         self.host = host
         self.hot = dict(hot or {})
+        self.counters = counters or SourceCounters()
 
     def begin(self, layer: int, x: torch.Tensor, ids: torch.Tensor) -> ExpertWork:
         there = {key.expert: weights for key, weights in self.hot.items() if key.layer == layer}
-        return _WorkApart(self.trunk, self.host, there, x, ids)
+        work = _WorkApart(self.trunk, self.host, there, x, ids)
+        self.counters.requested_experts += work.hot_experts
+        self.counters.hit_experts += work.hot_experts
+        self.counters.device.hit_experts += work.hot_experts
+        return work
 
 
 class _WorkBeside(ExpertWork):
@@ -88,6 +101,7 @@ class _WorkApart(ExpertWork):
         self._tokens = tokens_by_expert(ids)
         chosen = list(self._tokens)
         self.wanted = [expert for expert in chosen if expert not in hot]
+        self.hot_experts = len(chosen) - len(self.wanted)
         self._trunk, self._host, self._ids = trunk, host, ids
         self._x = trunk.download(x)
         self._out = torch.zeros(*ids.shape, x.shape[-1])

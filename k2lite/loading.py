@@ -84,7 +84,8 @@ def load(
     trunk: the format that the trunk's matrices but the head are quantized to while loading, as `quantize --trunk` does;
         "keep" leaves them as stored.
     ram: what the process may take, as "96GiB" or bytes; by default what the machine and its control group can spare.
-    resident_experts: how many experts have room in RAM, a share (float) or a number (int); by default what fits.
+    resident_experts: how many experts have room in RAM, a share of all (float) or a number (int); by default what fits.
+        Those that stay in an accelerator's memory need no room.
     policy: which experts stay (`k2lite.offload.policies.POLICIES`). prefetch: read ahead on the router's guess.
     mirror: a folder with a copy of the weight files on another drive; reads are shared between the two.
     packed_copy: a folder with the experts as the backend packs them; written if it isn't there, which takes as long as
@@ -98,7 +99,8 @@ def load(
     decides what multiplies on the device; name them where two runs must be the same):
     vram: what it may take of the accelerator's memory, as "20GiB" or bytes; by default what is free there.
     experts_on: where experts multiply: "device", "host" (by `host_backend`, which gets `activations` and `threads`) or
-        "split"; by default device or host, by the model's and the memory's sizes.
+        "split"; by default device or host, by the model's and the memory's sizes. Where all are on the device these
+        two are refused.
     hot_experts: for "split": a file of statistics that says which experts multiply on the device.
 
     Raises K2LiteError's children; see k2lite.errors."""
@@ -150,6 +152,7 @@ def load(
             sequences=sequences,
             packed=packed,
         )
+        _demand_work(placement, {"activations": activations, "threads": threads})
     tokenizer = load_tokenizer(Path(model))
     if tokenizer.n_vocab > config.vocab_size:
         raise TokenizerError(
@@ -258,10 +261,8 @@ def _accelerator(
         return None
     if hot_experts is not None and experts_on != "split":
         raise RequestError("hot_experts has no effect unless experts_on is split")
-    if experts_on == "device":
-        for option, value in host_options.items():
-            if value is not None:
-                raise RequestError(f"{option} has no effect with experts on the device: nothing multiplies on the host")
+    if not isinstance(host, str) and any(value is not None for value in host_options.values()):
+        raise RequestError("activations and threads are options of a host_backend that load() opens by name")
     return Accelerator(
         device,
         device,
@@ -270,3 +271,13 @@ def _accelerator(
         experts_on=experts_on,
         hot=None if hot_experts is None else HotExperts.read(Path(hot_experts), config),
     )
+
+
+def _demand_work(placement: Placement, host_options: Mapping[str, object]) -> None:
+    """Raise RequestError for options of the host where nothing multiplies there, whoever decided so."""
+    for option, value in host_options.items():
+        if value is not None and not placement.host_multiplies:
+            raise RequestError(
+                f"{option} has no effect: all experts multiply on the device, and nothing on the host; leave it out, "
+                "or let experts_on be host"
+            )

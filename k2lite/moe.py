@@ -63,7 +63,7 @@ def moe_block(
 
 def guess_experts(x: torch.Tensor, weights: MoeWeights, backend: Backend, count: int) -> list[int]:
     """The `count` experts that this router likes best for normalized hidden states x [T, D], best first: the router of
-    the next layer on the present state tells most of its choices (facts/routing.md, section 3, P1)."""
+    the next layer on the present state tells most of its choices."""
     scores = torch.sigmoid(backend.linear(x, weights.router)) + weights.e_score_correction_bias
     best = backend.download(scores.amax(0))
     return torch.topk(best, min(count, len(best))).indices.tolist()

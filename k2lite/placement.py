@@ -126,6 +126,14 @@ class Placement:
         return self.slots + (self.device.resident_slots if self.device else 0) >= self.experts
 
     @property
+    def host_multiplies(self) -> bool:
+        """Whether anything of the model does so in RAM."""
+        if self.device is None:
+            return True
+        there = {"host": 0, "split": self.device.slots, "device": self.experts}[self.multiply_on]
+        return there < self.experts
+
+    @property
     def all_trunk_bytes(self) -> int:
         """Wherever it lies."""
         return self.trunk_bytes + (self.device.trunk_bytes if self.device else 0)
@@ -257,16 +265,19 @@ def plan_memory(
     sequences: int = 1,
     chunk: int | None = None,
     kv_elsewhere: bool = False,
+    elsewhere: int = 0,
 ) -> Placement:
     """Share `budget` bytes: what must be there first, experts in what is left. `packing` bytes are for experts that are
-    packed. `chunk` tokens of a prompt if that is decided already. Raises RequestError, MemoryPlanError."""
+    packed. `chunk` tokens of a prompt if that is decided already. `elsewhere` experts have room on an accelerator.
+    Raises RequestError, MemoryPlanError."""
     kv = 0 if kv_elsewhere else sequences * LatentCache.nbytes_for(config, context)
     fewest = min(config.num_experts_per_tok + 1, weights.experts)
+    most = max(fewest, weights.experts - elsewhere)  # whatever goes elsewhere comes through RAM
     first = weights.trunk + kv + packing + HEADROOM_BYTES + fewest * weights.slot
     chunk = chunk_tokens(config, context, budget - first) if chunk is None else chunk
     transient = transient_bytes(config, chunk) + packing
     room = max(0, budget - weights.trunk - kv - transient - HEADROOM_BYTES) // weights.slot
-    fixed = None if resident_experts is None else _wanted(resident_experts, weights.experts, fewest)
+    fixed = None if resident_experts is None else min(most, _wanted(resident_experts, weights.experts, fewest))
     least = fewest if fixed is None else fixed
     if room < least:
         needed = weights.trunk + kv + transient + HEADROOM_BYTES + least * weights.slot
@@ -275,7 +286,7 @@ def plan_memory(
             f"{gib(transient)} + headroom {gib(HEADROOM_BYTES)} + {least} experts {gib(least * weights.slot)} = "
             f"{gib(needed)}, and the budget is {gib(budget)}; a smaller --context needs less"
         )
-    slots = min(room, weights.experts) if fixed is None else fixed
+    slots = min(room, most) if fixed is None else fixed
     return Placement(
         backend=backend,
         arithmetic=arithmetic,
@@ -288,7 +299,7 @@ def plan_memory(
         headroom_bytes=HEADROOM_BYTES,
         experts=weights.experts,
         slots=slots,
-        ring_slots=0 if slots == weights.experts else ring_of(config, slots),
+        ring_slots=0 if slots == most else ring_of(config, slots),
         slot_bytes=weights.slot,
         budget_bytes=budget,
         packs_experts=packing > 0,

@@ -1,7 +1,7 @@
 """What speed bytes and bandwidths allow: hit rates, the time a token takes, what limits it.
 
-Three hit curves stand for what is not known before a model has run: the router's habits. Sources: facts/routing.md
-section 4 and shared/proofs/speed_model.py, whose formulas these are. Knows no files and no devices; times in seconds.
+Three hit curves stand for what is not known before a model has run: the router's habits. They are from others' traces
+and measurements, which stand beside them. Knows no files and no devices; times in seconds.
 """
 
 from __future__ import annotations

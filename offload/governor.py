@@ -8,7 +8,7 @@ from __future__ import annotations
 from .source import PrefetchCounters
 
 WINDOW_TOKENS = 32
-# Below this share of guesses that were asked for, reading ahead costs more than it hides (facts/routing.md, section 3).
+# Below this share of guesses that were asked for, reading ahead costs more than it hides.
 MIN_PRECISION, GOOD_PRECISION = 0.6, 0.75
 # After this long with nothing read ahead, one guess a layer shows whether it pays again.
 PROBE_TOKENS = 512

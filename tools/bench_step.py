@@ -1,13 +1,14 @@
 """Times a whole decode step beside the sum of its kernels, and llama.cpp's beside both if it is there.
 
     python tools/make_slice.py SLICE --format int4 --experts 64 --vocab 32768 --trunk int8_g128 --lm-head int8_g128
-    python tools/bench_step.py SLICE [--gguf FILE --llama-python PYTHON] [--json]
+    k2lite export SLICE SLICE.gguf --type q4_0      # the same for llama.cpp
+    python tools/bench_step.py SLICE [--gguf SLICE.gguf --llama-python PYTHON] [--json]
 
 A step is `Engine.step` of one token with all experts in RAM. The kernels are the same operations with the same inputs,
 called one behind another; what counts of them is the time inside of the compute team. Each pair is a step and then its
-kernels; the ratio is the median of the pairs. llama.cpp (a Python with llama_cpp, and a GGUF of as many bytes, such as
-shared/proofs/peer_slice_gguf.py writes) takes turns with both, in a process of its own. Beside them the milliseconds a
-token of the bundled demo. Believe the numbers only on a machine that does nothing else.
+kernels; the ratio is the median of the pairs. llama.cpp (a Python with llama_cpp, and the slice as a GGUF file) takes
+turns with both, in a process of its own. Beside them the milliseconds a token of the bundled demo. Believe the numbers
+only on a machine that does nothing else.
 """
 
 from __future__ import annotations

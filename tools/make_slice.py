@@ -2,11 +2,12 @@
 
 The folder is a standard one that every verb opens: shards, index, config.json, a byte tokenizer. INT4 and FP8 weights
 are drawn as they are stored, other formats quantize Gaussian values; activations stay of order 1 and the router
-chooses freely, but the text is noise. Prints formats and bytes by class, and the bytes of the peers' GGUF slice
-(shared/proofs/peer_slice_gguf.py) with the same numbers.
+chooses freely, but the text is noise. Prints formats and bytes by class, and the bytes of the same slice as a GGUF file
+for llama.cpp, which the last command writes.
 
     python tools/make_slice.py DIR --format int4                                  # 19 GB of experts
     python tools/make_slice.py DIR --format int4 --vocab 32768 --trunk int8_g128 --lm-head int8_g128
+    k2lite export DIR DIR.gguf --type q4_0
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tools.k2_slice.writing import Progress, write_slice
 
 USER_ERROR = 2
 EMBEDDINGS = "model.embed_tokens.weight"
-PEER_TITLE = "beside the peers' GGUF slice (trunk Q8_0, experts Q4_0)"
+PEER_TITLE = "beside the slice as GGUF (trunk Q8_0, experts Q4_0)"
 BITS_OF_32 = {"Q8_0": 34 * 8, "Q4_0": 18 * 8, "F32": 32 * 32}  # llama.cpp's blocks of 32 values
 
 
@@ -136,8 +137,8 @@ def _compared(what: str, ours: int, theirs: int) -> str:
 
 
 def peer_bytes(config: ModelConfig) -> tuple[int, int, int]:
-    """Bytes that the peers' GGUF slice has for the same numbers: its trunk, the embeddings in it, its routed experts.
-    Matrices are Q8_0 (the embeddings too), experts Q4_0, router, norms and bias F32."""
+    """Bytes of the slice that `k2lite export --type q4_0` makes of it: its trunk, the embeddings in it, its routed
+    experts. Matrices are Q8_0 (the embeddings too), experts Q4_0, router, norms and bias F32."""
     schema = checkpoint_schema(config)
     trunk = sum(_gguf_bytes(spec.shape, _peer_type(name, schema)) for name, spec in schema.trunk.items())
     expert = sum(_gguf_bytes(schema.projection_shape(projection), "Q4_0") for projection in PROJECTIONS)

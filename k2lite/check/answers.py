@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from k2lite.benchmark import Phase, phase, snapshot
 from k2lite.engine import Chunk, Engine
+from k2lite.quant.errors import ContextLengthError
 from k2lite.text.reasoning import BEGIN, END
+from k2lite.text.tokenizer import Prompt
 from k2lite.text.tool_calls import tool_calls
 
 QUESTION, RESULT = "How many centimeters are 12 meters?", "1200"
@@ -32,6 +34,7 @@ TOOL = {
     },
 }
 
+Tools = Sequence[Mapping[str, Any]] | None
 Judgement = Literal["right", "wrong", "unfinished"]
 
 
@@ -50,13 +53,28 @@ class GreedyAnswer:
 
 def greedy_answers(engine: Engine, most_tokens: int) -> list[GreedyAnswer]:
     """Both answers, of `most_tokens` at most; none if the folder has no chat template."""
-    if engine.tokenizer.template is None:
-        return []
-    return [_answer(engine, QUESTION, None, most_tokens), _answer(engine, REQUEST, [TOOL], most_tokens)]
+    return [_answer(engine, *question, most_tokens) for question in _questions(engine)]
 
 
-def _answer(engine: Engine, asked: str, tools: Sequence[Mapping[str, Any]] | None, most: int) -> GreedyAnswer:
-    prompt = engine.tokenizer.render([{"role": "user", "content": asked}], tools, thinking=False)
+def demand_room(engine: Engine, most_tokens: int) -> None:
+    """Raise ContextLengthError where an answer of `most_tokens` has no room."""
+    room = engine.placement.context_tokens
+    for question in _questions(engine):
+        needed = len(_prompt(engine, *question).ids) + most_tokens
+        if needed > room:
+            raise ContextLengthError(f"a question and its answer take {needed} tokens, and the context holds {room}")
+
+
+def _questions(engine: Engine) -> list[tuple[str, Tools]]:
+    return [] if engine.tokenizer.template is None else [(QUESTION, None), (REQUEST, [TOOL])]
+
+
+def _prompt(engine: Engine, asked: str, tools: Tools) -> Prompt:
+    return engine.tokenizer.render([{"role": "user", "content": asked}], tools, thinking=False)
+
+
+def _answer(engine: Engine, asked: str, tools: Tools, most: int) -> GreedyAnswer:
+    prompt = _prompt(engine, asked, tools)
     tokens: list[int] = []
     with engine.open(len(prompt.ids) + most) as sequence:
         before = snapshot(engine)

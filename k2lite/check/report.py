@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,11 +24,11 @@ from k2lite.offload.routing_analysis import analyse
 from k2lite.planning import work_of
 from k2lite.prediction import engine_cache, measure_rates, model_bytes, predicted_speeds
 
-from .answers import GreedyAnswer, greedy_answers
+from .answers import GreedyAnswer, demand_room, greedy_answers
 from .identity import identity
 from .judging import judge, knows
 from .probes import VARIANTS, probe
-from .reading import CHUNK_TOKENS, Progress, Reading, TextScore, encoded, read_texts, sum_of
+from .reading import CHUNK_TOKENS, TEXTS, Progress, Reading, TextScore, encoded, read_texts, sum_of, text
 from .scales import scale_agreement
 
 VERSION = 1
@@ -37,21 +37,27 @@ PROBE_TOKENS = 384
 
 
 def context_for(tokens: int) -> int:
-    """Tokens of context that a check of `tokens` tokens of text needs."""
-    return max(_of_each(tokens), len(VARIANTS) * PROBE_TOKENS, 1024)
+    """Tokens of context that a check of `tokens` tokens of text needs; a token is a byte or more."""
+    longest_text = max(len(text(name).encode()) for name in TEXTS)
+    return max(min(_of_each(tokens), longest_text), len(VARIANTS) * PROBE_TOKENS, 1024)
 
 
 def _of_each(tokens: int) -> int:
     return max(2, tokens // 3)
 
 
-def check(engine: Engine, tokens: int, progress: Progress) -> dict[str, Any]:
+def check(engine: Engine, tokens: int, progress: Progress, say: Callable[[str], None]) -> dict[str, Any]:
     """The whole report on a loaded model, of whose three texts `tokens` tokens are read; `progress` hears tokens done
-    of `total_tokens`, and what was done. Every value is JSON's; what is not finite is None."""
+    of `total_tokens`, and what was done; `say` gets a line if the texts have fewer. Every value is JSON's; what is not
+    finite is None. Raises ContextLengthError before anything is read."""
+    answer_tokens = min(ANSWER_TOKENS, max(1, tokens))
+    demand_room(engine, answer_tokens)
     texts = encoded(engine, min(_of_each(tokens), engine.placement.context_tokens))
-    reading = read_texts(engine, texts, progress)
     done = sum(map(len, texts.values()))
-    answers = greedy_answers(engine, min(ANSWER_TOKENS, max(1, tokens)))
+    if done < 3 * _of_each(tokens):
+        say(f"{done} tokens of text are read, not {tokens}: a text ends before its third, or the context does")
+    reading = read_texts(engine, texts, progress)
+    answers = greedy_answers(engine, answer_tokens)
     progress(done, "answered")
     speed = _speed(engine, reading, answers)
     peak = peak_rss_bytes()
@@ -64,6 +70,7 @@ def check(engine: Engine, tokens: int, progress: Progress) -> dict[str, Any]:
         "arithmetic": engine.placement.arithmetic,
         "backend": engine.placement.backend,
         "plan": asdict(engine.placement),
+        "tokens": {"asked": tokens, "read": done},
         "texts": [_described(score) for score in reading.scores],
         "scales": scale_agreement(engine_cache(engine).store.checkpoint),
         "routing": _routing(engine, reading),

@@ -1,6 +1,7 @@
 """Measure prefill and decode: tok/s, hit rate, bytes read, GB/s, share of the bound, peak memory.
 
-The bound is what the drive's and the memory's own rates allow, measured in the same run.
+The bound is what the own rates of drive and memory, and of an accelerator's memory and the link to it, allow, measured
+in the same run.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2lite.quant.errors import RequestError
 
 from .model_options import add_model_arguments, load_engine
+
+if TYPE_CHECKING:
+    from k2lite.engine import Engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +35,6 @@ def execute(args: argparse.Namespace) -> int:
     for option, value in (("--prompt-tokens", args.prompt_tokens), ("--tokens", args.tokens)):
         if value < 1:
             raise RequestError(f"{option} is {value}; expected 1 or more")
-    import torch
-
-    from k2lite.benchmark import Rates, bench, report
-    from k2lite.machine import measure_memory
-    from k2lite.model_sizes import EMBEDDINGS
-    from k2lite.offload.cache import ExpertCache
-    from k2lite.offload.drive_rate import store_rate
     from k2lite.offload.routing_trace import read_trace
     from k2lite.traced_routing import follow_trace
 
@@ -45,26 +42,35 @@ def execute(args: argparse.Namespace) -> int:
     engine = load_engine(args)
     if args.routing is not None:
         follow_trace(engine, read_trace(args.routing))
-    cache = engine.experts
-    if not isinstance(cache, ExpertCache):
-        raise TypeError("bench measures an ExpertCache")
-    # ids without text: what a router makes of them decides nothing here
-    state = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(engine.config.vocab_size, (args.prompt_tokens,), generator=state).tolist()
-    rates = Rates(store_rate(cache.store), measure_memory())
-    prefill, decode = bench(engine, ids, args.tokens)
-    checkpoint = cache.store.checkpoint
-    trunk_read = engine.placement.all_trunk_bytes - checkpoint.trunk_module(EMBEDDINGS).nbytes
-    facts = report(engine, prefill, decode, rates, trunk_read) | {"routing": str(args.routing or "the model's own")}
+    facts = measured(engine, args.prompt_tokens, args.tokens, seed=args.seed)
+    facts |= {"routing": str(args.routing or "the model's own")}
     print(json.dumps(facts) if args.json else as_text(facts))
     sys.stdout.flush()
     return 0
 
 
+def measured(engine: Engine, prompt_tokens: int, tokens: int, *, seed: int = 0) -> dict[str, Any]:
+    """All but the routing's name of what --json prints, for an engine that `load` made."""
+    import torch
+
+    from k2lite.benchmark import bench, measure_rates, report
+    from k2lite.model_sizes import EMBEDDINGS
+    from k2lite.prediction import engine_cache
+
+    # ids without text: what a router makes of them decides nothing here
+    state = torch.Generator().manual_seed(seed)
+    ids = torch.randint(engine.config.vocab_size, (prompt_tokens,), generator=state).tolist()
+    checkpoint = engine_cache(engine).store.checkpoint
+    rates = measure_rates(engine)
+    prefill, decode = bench(engine, ids, tokens)
+    trunk_read = engine.placement.all_trunk_bytes - checkpoint.trunk_module(EMBEDDINGS).nbytes
+    return report(engine, prefill, decode, rates, trunk_read)
+
+
 def as_text(facts: dict[str, Any]) -> str:
     from k2lite.byte_sizes import gib
 
-    lines = []
+    lines, device = [], facts["plan"]["device"]
     for name in ("prefill", "decode"):
         phase = facts[name]
         lines.append(
@@ -72,11 +78,22 @@ def as_text(facts: dict[str, Any]) -> str:
             f"{phase['hit_rate']:.1%}, {phase['read_bytes_per_token'] / 1e6:.1f} MB a token from the drive at "
             f"{phase['read_bytes_per_s'] / 1e9:.2f} GB/s"
         )
+        if device is not None:
+            lines.append(
+                f"         of the hits on {device['name']}: {phase['device_hit_rate']:.1%} of all experts asked for; "
+                f"{phase['sent_bytes_per_token'] / 1e6:.1f} MB a token sent there, {phase['returned_bytes'] / 1e6:.1f} "
+                "MB came back in all"
+            )
     decode = facts["decode"]
+    rates = f"drive {facts['drive_bytes_per_s'] / 1e9:.2f} GB/s, memory {facts['memory_bytes_per_s'] / 1e9:.1f} GB/s"
+    if device is not None:
+        rates += (
+            f", {device['name']}'s memory {facts['device_bytes_per_s'] / 1e9:.1f} GB/s, the link there "
+            f"{facts['link_bytes_per_s'] / 1e9:.1f} GB/s"
+        )
     lines.append(
-        f"bound    {decode['bound_tok_s']:8.2f} tok/s for decode ({decode['share_of_bound']:.0%} reached): drive "
-        f"{facts['drive_bytes_per_s'] / 1e9:.2f} GB/s, memory {facts['memory_bytes_per_s'] / 1e9:.1f} GB/s, trunk "
-        f"{facts['trunk_read_bytes'] / 1e6:.0f} MB a token"
+        f"bound    {decode['bound_tok_s']:8.2f} tok/s for decode ({decode['share_of_bound']:.0%} reached): {rates}, "
+        f"trunk {facts['trunk_read_bytes'] / 1e6:.0f} MB a token"
     )
     guesses = facts["prefetch"]
     lines.append(

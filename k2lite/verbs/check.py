@@ -40,13 +40,16 @@ def execute(args: argparse.Namespace) -> int:
     from k2lite.progress import ProgressLine
     from k2lite.quant.durable_files import replace_file
 
+    longest = read_config(args.model or DEMO_FOLDER, latent_norm_eps=args.latent_norm_eps).max_position_embeddings
+    needed = min(context_for(args.tokens), longest)
     if args.context is None:
-        longest = read_config(args.model or DEMO_FOLDER, latent_norm_eps=args.latent_norm_eps).max_position_embeddings
-        args.context = min(context_for(args.tokens), longest)
+        args.context = needed
+    if args.context < needed:
+        raise RequestError(f"--context is {args.context}; this check takes {needed}, which it has without --context")
     engine = load_engine(args)
     line = ProgressLine(total_tokens(args.tokens))
     try:
-        facts = check(engine, args.tokens, line.update)
+        facts = check(engine, args.tokens, line.update, lambda said: print(f"k2lite check: {said}", file=sys.stderr))
     finally:
         line.close()
     if args.json == STDOUT:

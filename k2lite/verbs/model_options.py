@@ -67,7 +67,10 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
         "--ram", metavar="SIZE", help="memory the process may take, such as 96GiB (default: what the machine can spare)"
     )
     parser.add_argument(
-        "--resident-experts", metavar="N", help="experts that have room in RAM: a share such as 0.2, or a number"
+        "--resident-experts",
+        metavar="N",
+        help="routed experts that have room in RAM, beside those that stay on an accelerator: a share of all, such as "
+        "0.2, or a number (default: what fits)",
     )
     parser.add_argument(
         "--policy", metavar="NAME", help=f"which experts stay in RAM: {', '.join(POLICIES)} (default: {POLICIES[0]})"

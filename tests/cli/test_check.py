@@ -24,6 +24,7 @@ from k2lite.check.scales import scale_agreement
 from k2lite.cli import main
 from k2lite.demo_checkpoint import DEMO_CONFIG, write_random_demo, write_random_model
 from k2lite.demo_folder import DEMO_FOLDER
+from k2lite.errors import ContextLengthError
 from k2lite.loading import open_model
 from k2lite.prediction import engine_cache
 from k2lite.quant.checkpoint import Checkpoint
@@ -68,6 +69,7 @@ def test_the_demo_model_is_not_suspicious_at_any_budget(tmp_path: Path, capsys: 
     assert facts["model"]["formats"]["routed experts"]
     assert 0 < facts["hits"]["decode"]["ram"] < 1
     assert facts["hits"]["decode"]["read_bytes"] > 0
+    assert facts["tokens"] == {"asked": TOKENS, "read": TOKENS}
     assert facts["speed"]["predicted_decode_tok_s"]["middle"] > 0
 
 
@@ -159,8 +161,32 @@ def test_random_weights_are_suspicious(tmp_path: Path, capsys: Capture) -> None:
     assert any("experts and routers don't belong together" in line for line in suspicious(facts))
 
 
+def test_what_the_texts_do_not_hold_is_said_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Begun(Exception): ...
+
+    def begin(*_: object) -> None:
+        raise Begun
+
+    most = sum(len(text(name).encode()) for name in TEXTS)
+    with k2lite.load(DEMO_FOLDER, context=report.context_for(9999)) as engine:
+        whole = sum(len(engine.tokenizer.encode(text(name))) for name in TEXTS)
+        monkeypatch.setattr(report, "read_texts", begin)
+        said: list[str] = []
+        for tokens, expected in ((TOKENS, []), (9999, [f"{whole} tokens of text are read, not 9999"])):
+            with pytest.raises(Begun):
+                report.check(engine, tokens, lambda *_: None, said.append)
+            assert [line.partition(":")[0] for line in said] == expected
+    assert whole <= most < 9999
+    with (
+        k2lite.load(DEMO_FOLDER, context=128) as engine,
+        pytest.raises(ContextLengthError, match="a question and its answer take .* and the context holds 128"),
+    ):
+        report.check(engine, TOKENS, lambda *_: None, said.append)
+
+
 def test_mistakes_are_one_line(tmp_path: Path, capsys: Capture) -> None:
     for options, said in (
+        (["--context", "1919"], "--context is 1919; this check takes 1920"),
         (["--tokens", "5"], "--tokens is 5; expected 6 or more"),
         (["--json", str(tmp_path)], "a folder; --json takes the file to write"),
         (["--json", str(tmp_path / "no" / "f")], "its folder does not exist"),

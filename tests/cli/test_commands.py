@@ -23,8 +23,8 @@ from tests.conftest import REPO
 from .conftest import Run
 
 
-def test_run_streams_the_engine_s_own_tokens(k2: Run, demo: Path) -> None:
-    result = k2("run", demo, "-p", "Hi", "--max-tokens", 12, "--temperature", 0, "--json")
+def test_run_streams_the_engine_s_own_tokens(k2_process: Run, demo: Path) -> None:
+    result = k2_process("run", demo, "-p", "Hi", "--max-tokens", 12, "--temperature", 0, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     engine = k2lite.load(demo)
@@ -37,7 +37,7 @@ def test_run_streams_the_engine_s_own_tokens(k2: Run, demo: Path) -> None:
     assert "backend cpu" in result.stderr
     assert re.search(r"memory and drive allow [\d.e+]+ tok/s", result.stderr)
 
-    plain = k2("run", demo, "-p", "Hi", "--max-tokens", 12, "--temperature", 0)
+    plain = k2_process("run", demo, "-p", "Hi", "--max-tokens", 12, "--temperature", 0)
     assert plain.stdout == report["text"] + "\n"
     assert "tok/s" in plain.stderr
 
@@ -85,16 +85,16 @@ def test_info_describes_and_counts(k2: Run, demo: Path) -> None:
         assert expected in text.stdout
 
 
-def test_info_shows_problems_and_run_refuses_them(k2: Run, demo: Path, tmp_path: Path) -> None:
+def test_info_shows_problems_and_run_refuses_them(k2_process: Run, demo: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(demo, broken)
     shard = sorted(broken.glob("*.safetensors"))[1]
     shard.unlink()
-    info = k2("info", broken)
+    info = k2_process("info", broken)
     assert info.returncode == 1
     assert "PROBLEM" in info.stdout
     assert shard.name in info.stdout
-    run = k2("run", broken, "-p", "x")
+    run = k2_process("run", broken, "-p", "x")
     assert run.returncode == 2
     assert shard.name in run.stderr
     assert "Traceback" not in run.stderr
@@ -233,12 +233,12 @@ def test_a_terminal_that_lacks_characters_gets_them_spelled_out(demo: Path, tmp_
         assert (expected in text) if expected else (json.loads(text)["folder"] == str(folder))
 
 
-def test_a_piped_chat_writes_answers_only(k2: Run, demo: Path) -> None:
+def test_a_piped_chat_writes_answers_only(k2_process: Run, demo: Path) -> None:
     """No prompt, no history file: stdout is the answers, one after the other, as `run` would give the first."""
     options = ("--seed", 1, "--max-tokens", 4, "--temperature", 0)
-    result = k2("chat", demo, *options, input="Hi\n\n/help\n/reset\nHi\n")
+    result = k2_process("chat", demo, *options, input="Hi\n\n/help\n/reset\nHi\n")
     assert result.returncode == 0, result.stderr
-    alone = k2("run", demo, "-p", "Hi", *options)
+    alone = k2_process("run", demo, "-p", "Hi", *options)
     assert result.stdout == 2 * alone.stdout
     assert "> " not in result.stderr
 

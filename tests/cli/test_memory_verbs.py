@@ -7,17 +7,22 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import k2lite
+from k2lite import benchmark
+from k2lite.backends.registry import BUILT_IN
 from k2lite.cli import main
+from k2lite.learned_routing import keep_in_file
 from k2lite.offload import drive_rate
 from k2lite.offload.policies import DEFAULT_POLICY, POLICIES
 from k2lite.prediction import expected
 from k2lite.quant.checksums import MANIFEST_NAME, read_checksums
 from k2lite.verbs.model_options import POLICIES as POLICY_NAMES
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint
+from tests.stand_in.engines import on_stand_in, vram_for
 
 Capture = pytest.CaptureFixture[str]
 MACHINE = {"name": "desk", "ram": "128GB", "reserve": "8GB", "ram_gb_per_s": 70, "drive_gb_per_s": 6.5, "tflops": 1}
@@ -187,6 +192,70 @@ def test_bench_counts_what_it_did(tiny: Path, capsys: Capture) -> None:
     assert main(["bench", str(tiny), "--prompt-tokens", "5", "--tokens", "1"]) == 0
     assert "planned" in capsys.readouterr().out
     assert "--tokens is 0" in fails(capsys, "bench", tiny, "--tokens", 0)
+
+
+@pytest.fixture
+def stand_in(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[object, ...]]:
+    """An accelerator with room for some of 16 experts, for the command line: options of `bench` by where they multiply.
+    Its rates are known."""
+    monkeypatch.setitem(BUILT_IN, "stand-in", "tests.stand_in.spec")
+    monkeypatch.setattr(benchmark, "measure_rates", lambda _: benchmark.Rates(1e9, 2e10, 4e11, 1e10))
+    uses = tmp_path / "uses.safetensors"
+    with k2lite.load(tiny, backend="reference", context=16) as engine:
+        engine.logits([1, 2, 3])
+        keep_in_file(engine.experts, engine.config, uses)
+    options: dict[str, tuple[object, ...]] = {}
+    for where, slots, more in (("device", 9, ()), ("host", 4, ()), ("split", 6, ("--hot-experts", uses))):
+        named = {"experts_on": where} | ({"hot_experts": uses} if more else {})
+        vram = vram_for(tiny, slots, context=16, host_backend="reference", **named)
+        sizes = ("--context", 16, "--prompt-tokens", 6, "--tokens", 6, "--resident-experts", 5, "--seed", 1)
+        options[where] = ("--backend", "stand-in", "--vram", vram, "--experts-on", where, *more, *sizes)
+    return options
+
+
+def test_bench_counts_an_accelerators_memory_and_the_link_to_it(
+    tiny: Path, stand_in: dict[str, tuple[object, ...]], capsys: Capture
+) -> None:
+    for where, options in stand_in.items():
+        facts: dict[str, Any] = run_json(capsys, "bench", tiny, *options)
+        decode, plan = facts["decode"], facts["plan"]
+        assert plan["multiply_on"] == where
+        asked, expert = decode["requested_experts"], plan["experts_bytes"] / 16
+        assert asked == 6 * 2 * 3  # of the hot ones of a split, too
+        assert decode["hit_experts"] * expert + decode["read_bytes"] >= asked * expert
+        there = decode["device_hit_experts"]
+        assert (there > 0) == (where != "host")
+        assert decode["device_hit_rate"] == there / asked <= decode["hit_rate"]
+        sent = asked - there if where == "device" else 0
+        assert decode["sent_bytes"] == sent * expert == decode["sent_bytes_per_token"] * 6
+        on_device = {"device": asked, "host": 0, "split": there}[where]
+        after = max(
+            decode["read_bytes"] / 1e9,
+            decode["sent_bytes"] / 1e10,
+            on_device * expert / 4e11,
+            (asked - on_device) * expert / 2e10,
+        )
+        bound_s = facts["trunk_read_bytes"] / 4e11 + after / 6
+        assert decode["bound_tok_s"] == pytest.approx(1 / bound_s)
+        assert decode["share_of_bound"] == pytest.approx(decode["tok_s"] * bound_s)
+
+
+def test_bench_says_what_an_accelerator_did(
+    tiny: Path, stand_in: dict[str, tuple[object, ...]], capsys: Capture
+) -> None:
+    assert main(["bench", str(tiny), *map(str, stand_in["device"])]) == 0
+    shown = capsys.readouterr().out
+    assert "of the hits on stand-in: " in shown
+    assert "stand-in's memory 400.0 GB/s, the link there 10.0 GB/s" in shown
+
+
+def test_the_rates_of_an_accelerator_are_measured_in_the_run(tiny: Path) -> None:
+    with on_stand_in(tiny, allow_fallback=True) as (engine, _):
+        rates = benchmark.measure_rates(engine)
+    assert min(rates.drive, rates.memory, rates.device, rates.link) > 0
+    with k2lite.load(tiny, backend="reference", context=16) as engine:
+        rates = benchmark.measure_rates(engine)
+    assert (rates.device, rates.link) == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -320,12 +320,45 @@ def test_a_lost_device_is_told_at_once_and_for_good(tiny_folder: Path) -> None:
     [
         ({"experts_on": "split"}, "need --hot-experts FILE"),
         ({"hot_experts": "x"}, "hot_experts has no effect unless experts_on is split"),
-        ({"experts_on": "device", "threads": 2}, "threads has no effect with experts on the device"),
+        ({"threads": 2, "host_backend": ReferenceBackend()}, "options of a host_backend that load"),
     ],
 )
 def test_options_that_contradict_are_refused(tiny_folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        k2lite.load(tiny_folder, backend=StandInBackend(), host_backend="reference", **options)  # type: ignore[arg-type]
+        k2lite.load(tiny_folder, backend=StandInBackend(), **{"host_backend": "reference", **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"threads": 1}, {"activations": "bf16"}])
+def test_options_of_the_host_are_refused_where_nothing_multiplies_there(
+    tiny_folder: Path, statistics: Path, option: dict[str, object]
+) -> None:
+    """Whether the user put all experts on the device, or memory's size did."""
+    split = {"experts_on": "split", "hot_experts": statistics}
+    for slots, placed, works in (
+        (8, {}, False),
+        (8, {"experts_on": "device"}, False),
+        (16, split, False),
+        (7, {}, True),
+        (15, split, True),
+    ):
+        vram = vram_for(tiny_folder, slots, context=16, host_backend="reference", **placed)
+        options = {"context": 16, "vram": vram, **placed, **option}
+        if works:
+            k2lite.load(tiny_folder, backend=StandInBackend(), **options).close()  # type: ignore[arg-type]
+            continue
+        with pytest.raises(RequestError, match=f"{next(iter(option))} has no effect: all experts multiply on the dev"):
+            k2lite.load(tiny_folder, backend=StandInBackend(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("asked", "in_ram"), [(0.5, 8), (8, 8), (0.25, 4), (1.0, 10), (16, 10)])
+def test_a_share_of_resident_experts_is_one_of_all(tiny_folder: Path, asked: float, in_ram: int) -> None:
+    """16 experts, of which 6 stay on the device and need no room in RAM."""
+    with on_stand_in(tiny_folder, device_slots=8, experts_on="device", resident_experts=asked) as (engine, _):
+        assert engine.placement.device is not None
+        assert engine.placement.device.resident_slots == 6
+        assert (engine.placement.slots, engine.placement.experts) == (in_ram, 16)
+    with on_stand_in(tiny_folder, device_slots=8, experts_on="host", resident_experts=asked) as (engine, _):
+        assert engine.placement.slots == (16 if in_ram == 10 else in_ram)
 
 
 @pytest.mark.parametrize("option", [{"vram": "1GiB"}, {"experts_on": "host"}, {"hot_experts": "x"}])

@@ -31,6 +31,8 @@ WIDE: dict[str, Any] = {
     "kv_lora_rank": 128,
     "v_head_dim": 32,
 }
+# A line of the journal every few experts, as every few dozen GB of a big model.
+KILLED_SYNC_BYTES = 40_000
 RECIPE = Recipe(experts="int4_g32", trunk="keep", lm_head="keep")
 
 
@@ -66,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quantizer.SYNC_BYTES = 40_000  # a line of the journal every few experts, as every few dozen GB of a big model
+    quantizer.SYNC_BYTES = KILLED_SYNC_BYTES
     if int(sys.argv[4]):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))

@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 import k2lite
+from k2lite.cli import main as k2lite_main
 from k2lite.config import parse_config
 from k2lite.errors import CheckpointError, ConfigError, K2LiteError, RequestError
 from k2lite.loading import open_model
@@ -200,8 +202,8 @@ def test_at_true_width_an_int4_expert_is_6048_pages() -> None:
     assert all(tensor.offset % 8 == 0 for tensor in shards[2].tensors)
 
 
-def test_the_peers_bytes_are_those_of_their_script() -> None:
-    """Every add_tensor call of shared/proofs/peer_slice_gguf.py for 384 experts and 3 layers, summed by hand."""
+def test_the_peers_bytes_summed_by_hand() -> None:
+    """Every tensor that llama.cpp has for 384 experts and 3 layers, summed by hand."""
     d, f, dense, vocab = 7168, 2048, 18432, 32768
     attention = 1536 * d + 12288 * 1536 + 576 * d + 64 * 512 * 128 + 64 * 128 * 512 + d * 8192
     q8 = 2 * vocab * d + 3 * attention + 3 * dense * d + 2 * 3 * f * d
@@ -210,7 +212,19 @@ def test_the_peers_bytes_are_those_of_their_script() -> None:
     raw, _ = plan_slice(layers=3, experts=384, vocab=vocab, format="int4")
     found = peer_bytes(parse_config(raw, Path("config.json")))
     assert found == (q8 * 34 // 32 + f32 * 4, vocab * d * 34 // 32, q4 * 18 // 32)
-    assert found[0] + found[2] == pytest.approx(20.4e9, rel=0.01)  # the script's own docstring
+    assert found[0] + found[2] == pytest.approx(20.4e9, rel=0.01)
+
+
+def test_the_exported_slice_has_the_peers_bytes(folder: Path, tmp_path: Path) -> None:
+    """As the gguf package counts them."""
+    assert k2lite_main(["export", str(folder), str(tmp_path / "slice.gguf"), "--type", "q4_0"]) == 0
+    trunk, _, experts = peer_bytes(open_model(folder)[0])
+    kinds: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(tmp_path / "slice.gguf").tensors:
+        kind = tensor.tensor_type.name
+        kinds[kind] = kinds.get(kind, 0) + int(tensor.n_bytes)
+    assert kinds["Q4_0"] == experts
+    assert kinds["Q8_0"] + kinds["F32"] == trunk
 
 
 def test_the_report_counts_the_folder_s_bytes(folder: Path) -> None:
