@@ -91,14 +91,14 @@ def write_onnx(path: Path, layers: Sequence[LayerExport], hidden: int, weights: 
         [n for layer in layers for n in layer.nodes], [*inputs, *(wanted if weights == "inputs" else [])], outputs
     )
     try:
-        with locked_partial(path) as (graph, file), locked_partial(data) as (values_file, bytes_file):
+        with locked_partial(path) as (graph, graph_file), locked_partial(data) as (values_file, bytes_file):
             if weights == "external":
                 spans = _spans(wanted)
                 _write_data(bytes_file, layers, spans)
                 made.graph.initializer.extend(_external(weight, data.name, *spans[weight.name]) for weight in wanted)
-            file.write(made.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
+            graph_file.write(made.SerializeToString())
+            graph_file.flush()
+            os.fsync(graph_file.fileno())
             nbytes = graph.stat().st_size + values_file.stat().st_size
             try:
                 if weights == "external":

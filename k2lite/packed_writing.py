@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .byte_sizes import gib
 from .offload.packed_copy import PackedCopy
-from .placement import gib
 from .progress import ProgressLine, duration
 
 

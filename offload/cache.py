@@ -1,9 +1,8 @@
 """Which expert is in which slot, and who may use it when.
 
-Slots are of two kinds. Most hold the experts that the policy keeps (resident); a few, the ring, hold what only passes
-through: the experts of a long prompt, and what was read on a guess. An expert in the ring becomes resident by changing
-places with a victim: no byte is copied. All bookkeeping is done in the thread that leases; readers' threads only fill
-slots and put what they finished on a queue. Never sees arithmetic.
+Most slots hold experts that the policy keeps (resident); a few, the ring, what passes through: a long prompt's, guesses.
+An expert in the ring becomes resident by changing places with a victim: no byte is copied. All bookkeeping is done in
+the thread that leases; readers' threads only fill slots and queue what they finished. Never sees arithmetic.
 """
 
 from __future__ import annotations
@@ -29,24 +28,11 @@ from .statistics import RouterStats
 from .store import ExpertRead, ExpertStore
 from .uninterrupted import uninterrupted
 
-# A guess that is wrong more often than not costs more than it hides.
-MIN_CHANCE = 0.5
+MIN_CHANCE = 0.5  # a guess that is wrong more often than not costs more than it hides
 # Uses an expert of a prompt from which on it touches half of a layer's experts and more (facts/routing.md, section 4).
 MIN_USES = 2
 
 
-# The contract of a lease, each sentence a test in tests/offload/test_lease.py:
-# * A lease is a context manager and is released exactly once, at the end of its block.
-# * Its views are valid until then; in a lease of more experts than there is room for, or with less than all to keep,
-#   a group's views are valid until the next group is asked for. Asking a released lease for more is a programmer's
-#   error (RuntimeError).
-# * `ready` yields every expert asked for exactly once, resident ones first, the rest as they arrive; in waves, a few at
-#   a time, and what has arrived before what is resident.
-# * All misses that have a slot are submitted when the lease is made, before the first group is asked for.
-# * Prefetch takes no lease, may be refused, and never takes a slot from a leased or a resident expert.
-# * More experts than slots come in waves; where not even one slot can be had, it is MemoryPlanError, never a dead-lock.
-# * A failed read raises in the thread that leases, naming file, layer and expert; the cache stays usable.
-# * Each expert asked for is counted once.
 class ExpertCache(ExpertSource):
     """Experts of `layers` in an arena of which the last `ring` slots are the ring. `shrink` leaves `fewest` slots."""
 
@@ -295,8 +281,8 @@ class ExpertCache(ExpertSource):
     def room(self) -> str:
         """How the slots are used, for a message."""
         return (
-            f"{self.arena.slots} slots: {self._pinned_residents} leased, {self._residents - self._pinned_residents} "
-            f"resident, {len(self._free) + len(self._ring)} free"
+            f"{self.arena.slots} slots: {self._pinned_residents} leased, "
+            f"{self._residents - self._pinned_residents} resident, {len(self._free) + len(self._ring)} free"
         )
 
     # -- bookkeeping -------------------------------------------------------------------------------------------
@@ -309,14 +295,12 @@ class ExpertCache(ExpertSource):
             if not left or not self._ring or chance < MIN_CHANCE:
                 return
             key = ExpertKey(self._layers[row], expert)
-            if key in self._table or key in self.elsewhere:
-                continue
-            left -= 1
-            self._guess(key)
+            if key not in self._table and key not in self.elsewhere:
+                left -= 1
+                self._guess(key)
 
     def _read_most_of(self, row: int) -> None:
-        """A prompt will use most of a layer's experts: begin to read as many as have a place where nobody is, in the
-        arena as long as it is not full (a first prompt's reads begin with its first layer), then in the ring."""
+        """A prompt uses most of a layer: begin to read what has a free place, in the arena first, then in the ring."""
         if not self.governor.allows_any:
             return
         for expert in np.argsort(-self.stats.counts[row], kind="stable").tolist():
@@ -356,7 +340,7 @@ class ExpertCache(ExpertSource):
             if held.is_guess and read.error is not None:
                 self._counters.prefetch.failed += 1
             held.error = read.error
-            self._forget(held)
+            self._drop(held)
             return
         self._counters.read_experts += 1
         self._counters.read_bytes += read.nbytes
@@ -407,10 +391,7 @@ class ExpertCache(ExpertSource):
         self._drop(held)
 
     def _drop(self, held: Held) -> None:
-        self._forget(held)
         held.weights = None
-
-    def _forget(self, held: Held) -> None:
         del self._table[held.key]
         self._guesses.pop(held.key, None)
         self._return_slot(held)

@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 WAVE_EXPERTS = 2
 
 
+# The contract of a lease, each sentence a test in tests/offload/test_lease.py:
+# * A lease is a context manager and is released exactly once, at the end of its block.
+# * Its views are valid until then; in a lease of more experts than there is room for, or with less than all to keep,
+#   a group's views are valid until the next group is asked for. Asking a released lease for more is a programmer's
+#   error (RuntimeError).
+# * `ready` yields every expert asked for exactly once, resident ones first, the rest as they arrive; in waves, a few at
+#   a time, and what has arrived before what is resident.
+# * All misses that have a slot are submitted when the lease is made, before the first group is asked for.
+# * Prefetch takes no lease, may be refused, and never takes a slot from a leased or a resident expert.
+# * More experts than slots come in waves; where not even one slot can be had, it is MemoryPlanError, never a dead-lock.
+# * A failed read raises in the thread that leases, naming file, layer and expert; the cache stays usable.
+# * Each expert asked for is counted once.
 class CacheLease(Lease):
     """`keep`: the keys worth keeping, None: all."""
 
