@@ -1,6 +1,6 @@
 """Which expert is in which slot, and who may use it when.
 
-Most slots hold experts that the policy keeps (resident); a few, the ring, what passes through: a long prompt's, guesses.
+Most slots hold experts that the policy keeps (resident); a few, the ring, what passes through: prompts, guesses.
 An expert in the ring becomes resident by changing places with a victim: no byte is copied. All bookkeeping is done in
 the thread that leases; readers' threads only fill slots and queue what they finished. Never sees arithmetic.
 """
