@@ -259,7 +259,7 @@ def test_two_runs_at_once_and_a_folder_that_holds_something(fp8: Path, tmp_path:
     from k2lite.quant.journal import Journal
 
     held = Journal(tmp_path / "out")
-    with pytest.raises(RequestError, match="another k2lite quantize is writing here"):
+    with pytest.raises(RequestError, match="another k2lite is writing here"):
         run(fp8, tmp_path / "out", resume=True)
     held.close()
     (tmp_path / "full").mkdir()
