@@ -19,6 +19,7 @@ from k2lite.quant.errors import BackendError, MemoryPlanError, RequestError
 from k2lite.quant.quantization_plan import Matrix
 
 from .backend_check import demand_multipliable
+from .byte_sizes import gib
 from .config import ModelConfig
 from .hot_experts import HotExperts
 from .kv_cache import LatentCache
@@ -30,7 +31,6 @@ from .placement import (
     budget_of,
     chunk_tokens,
     demand_formats,
-    gib,
     plan_memory,
     planned_context,
     ring_of,
