@@ -36,7 +36,7 @@ from .hot_experts import HotExperts
 from .learned_routing import recall_file
 from .memory_guard import MemoryGuard
 from .model import Model
-from .model_folder import open_model as open_model
+from .model_folder import open_model
 from .packed_writing import write_copy
 from .placement import ExpertsOn, Placement, plan_placement
 from .recording import Recorder, RecordingBackend, RecordingSource

@@ -29,7 +29,7 @@ from .store import ExpertRead, ExpertStore
 from .uninterrupted import uninterrupted
 
 MIN_CHANCE = 0.5  # a guess that is wrong more often than not costs more than it hides
-# Uses an expert of a prompt from which on it touches half of a layer's experts and more (facts/routing.md, section 4).
+# Uses of each expert, on average, from which on a prompt touches half of a layer's experts and more.
 MIN_USES = 2
 
 
@@ -280,10 +280,8 @@ class ExpertCache(ExpertSource):
     @property
     def room(self) -> str:
         """How the slots are used, for a message."""
-        return (
-            f"{self.arena.slots} slots: {self._pinned_residents} leased, "
-            f"{self._residents - self._pinned_residents} resident, {len(self._free) + len(self._ring)} free"
-        )
+        leased, free = self._pinned_residents, len(self._free) + len(self._ring)
+        return f"{self.arena.slots} slots: {leased} leased, {self._residents - leased} resident, {free} free"
 
     # -- bookkeeping -------------------------------------------------------------------------------------------
 
@@ -365,6 +363,7 @@ class ExpertCache(ExpertSource):
         held = self._table.pop(ExpertKey(self._layers[row], expert))
         if self._guesses.pop(held.key, None) is not None:
             self._counters.prefetch.wasted += 1
+            self._counters.prefetch.wasted_bytes += self.arena.slot_bytes
         if held.pins or held.in_ring or held.weights is None:
             raise RuntimeError(f"the policy {self.policy.name} evicts {held.key}, which is leased or not resident")
         self.policy.evict(row, expert)

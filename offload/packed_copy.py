@@ -29,7 +29,7 @@ from k2lite.quant.journal import Journal
 from k2lite.quant.types import PROJECTIONS, ExpertKey, ExpertLayout, ExpertWeights, Extent
 
 from .direct_files import PAGE_BYTES
-from .packed_source import ExpertKind, expert_kinds
+from .packed_source import expert_kind, expert_kinds
 from .slots import Arena, slot_bytes_for
 from .store import ExpertRead, ExpertStore
 
@@ -74,19 +74,14 @@ class PackedCopy:
 
     def expert(self, key: ExpertKey) -> ExpertLayout:
         """Where an expert lies, for a store. It has no parts: `views` says what its bytes are."""
-        modules = self.checkpoint.expert_modules(key)
-        return ExpertLayout(
-            key,
-            (Extent(_file(self.folder, key.layer), key.expert * self.slot_bytes, self._nbytes[self._kind(key)]),),
-            {},
-            {name: modules[name].format for name in PROJECTIONS},  # type: ignore[misc]
-            {name: modules[name].shape for name in PROJECTIONS},  # type: ignore[misc]
-            self._checksums[expert_piece(key)],
-        )
+        kind = expert_kind(self.checkpoint, key)
+        extent = Extent(_file(self.folder, key.layer), key.expert * self.slot_bytes, self._nbytes[kind])
+        formats, shapes = (dict(zip(PROJECTIONS, column, strict=True)) for column in zip(*kind, strict=True))
+        return ExpertLayout(key, (extent,), {}, formats, shapes, self._checksums[expert_piece(key)])
 
     def views(self, layout: ExpertLayout, memory: torch.Tensor) -> ExpertWeights:
         """The weights in `memory`, uint8, that an expert was read into. Raises CheckpointError for wrong bytes."""
-        kind = self._kind(layout.key)
+        kind = expert_kind(self.checkpoint, layout.key)
         held = memory[: self._nbytes[kind]]
         found = _digest(held)
         if found != layout.checksum:
@@ -149,7 +144,7 @@ class PackedCopy:
         slots = {kind: self._backend.alloc(nbytes).zero_() for kind, nbytes in self._nbytes.items()}
         try:
             for read in reads_in_turn(store, keys):
-                slot = slots[self._kind(read.key)]
+                slot = slots[expert_kind(self.checkpoint, read.key)]
                 assert read.weights is not None
                 self._backend.pack_expert(read.weights, slot)
                 there = self._backend.download(slot)
@@ -178,10 +173,6 @@ class PackedCopy:
         needed, free = self.nbytes - done * self.slot_bytes, shutil.disk_usage(partial).free
         if free < needed:
             raise RequestError(f"{partial}: {needed} bytes are to be written and its disk has {free} free")
-
-    def _kind(self, key: ExpertKey) -> ExpertKind:
-        modules = self.checkpoint.expert_modules(key)
-        return tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS)  # type: ignore[misc]
 
 
 def reads_in_turn(store: ExpertStore, keys: list[ExpertKey]) -> Iterator[ExpertRead]:

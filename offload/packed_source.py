@@ -22,16 +22,15 @@ PLACES = 8
 ExpertKind = tuple[tuple[QuantFormat, Shape], ...]
 
 
+def expert_kind(checkpoint: Checkpoint, key: ExpertKey) -> ExpertKind:
+    """How one expert is stored."""
+    modules = checkpoint.expert_modules(key)
+    return tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS)  # type: ignore[misc]
+
+
 def expert_kinds(checkpoint: Checkpoint) -> list[ExpertKind]:
     """Each kind of expert that a whole checkpoint holds, in its order."""
-    schema = checkpoint.schema
-    return list(
-        dict.fromkeys(
-            tuple((modules[name].format, modules[name].shape) for name in PROJECTIONS)  # type: ignore[misc]
-            for layer in schema.expert_layers
-            for modules in (checkpoint.expert_modules(ExpertKey(layer, n)) for n in range(schema.n_routed_experts))
-        )
-    )
+    return list(dict.fromkeys(expert_kind(checkpoint, key) for key in checkpoint.expert_keys()))
 
 
 def expert_rooms(checkpoint: Checkpoint, backend: Backend) -> list[ExpertSlot]:

@@ -151,7 +151,8 @@ def _demand_space(job: Job) -> None:
 
 
 def _load_kernels(job: Job, workers: ThreadPoolExecutor) -> None:
-    """Have a thread do what takes half a second while the first bytes are read, which are often kept as they are."""
+    """Have a thread do what takes half a second while the first bytes are read, which are often kept as they are. What
+    fails here fails in the first real block too, and is told there."""
     first = next((matrix for matrix in job.plan.matrices if not matrix.is_kept), None)
     if first is not None and job.hessians is None:  # which would have it make a factor for nothing
         workers.submit(convert_block, blank_block(first, job.method))

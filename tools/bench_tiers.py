@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2lite.byte_sizes import parse_bytes
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.offload.routing_trace import RoutingTrace, TracedModel
 from tools.tiers.measuring import Setting
 from tools.tiers.memory_limit import HOW, MemoryGroup, memory_group

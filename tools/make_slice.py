@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from k2lite.config import ModelConfig, parse_config
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.errors import K2LiteError, RequestError
 from k2lite.quant.quantization_config import parse_quantization_config
 from k2lite.quant.schema import CheckpointSchema

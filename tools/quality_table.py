@@ -72,7 +72,7 @@ class Subject:
 def prepare(args: argparse.Namespace, scratch: Path) -> Subject:
     import k2lite
     from k2lite.calibration import Calibration
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
     from k2lite.moment_recorder import MomentRecorder
     from k2lite.quant.moments import open_moments
     from tools.demo_training.evaluation import forward

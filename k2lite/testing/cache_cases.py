@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from k2lite.backends.base import Assignment, Backend, Capabilities, Event
-from k2lite.loading import load, open_model
+from k2lite.loading import load
+from k2lite.model_folder import open_model
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.packed_source import PackedSource, packing_bytes
 from k2lite.offload.policies import make_policy

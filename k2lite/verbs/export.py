@@ -44,7 +44,7 @@ def execute(args: argparse.Namespace) -> int:
         return _execute_onnx(args)
     from k2lite.gguf_metadata import kv_b_heads
     from k2lite.gguf_model import export_metadata
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
     from k2lite.progress import ProgressLine
     from k2lite.quant.gguf_export import export, plan_export
     from k2lite.quant.gguf_split import demand_places, part_bytes, remove_leftovers
@@ -74,7 +74,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _execute_onnx(args: argparse.Namespace) -> int:
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
     from k2lite.onnx_export import parse_layers, plan_layer, remove_leftovers, write_onnx
     from k2lite.quant.errors import BackendError
 

@@ -29,7 +29,7 @@ def describe(folder: Path, *, latent_norm_eps: float | None = None) -> dict[str,
     """All that is known of a folder without reading weights; sizes in bytes."""
     from dataclasses import asdict
 
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
 
     config, checkpoint = open_model(folder, latent_norm_eps=latent_norm_eps)
     facts = {key: value for key, value in asdict(config).items() if key not in ("unknown_keys", "source")}

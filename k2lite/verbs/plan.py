@@ -83,7 +83,7 @@ def _model(
     path: Path, trunk: str, backend: Backend, packed_copy: Path | None
 ) -> tuple[ModelConfig, ModelBytes, Checkpoint | None, PackedCopy | None]:
     """Refuses what `run` would refuse."""
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
     from k2lite.model_sizes import EMBEDDINGS, published_sizes
     from k2lite.offload.packed_copy import PackedCopy
     from k2lite.placement import WeightBytes, demand_formats, demand_trunk_format

@@ -87,7 +87,7 @@ def _described(trace: RoutingTrace, path: Path) -> str:
 
 def _write_moments(args: argparse.Namespace, moments: MomentRecorder, tokens: int) -> None:
     from k2lite.demo_folder import DEMO_FOLDER
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
 
     _, checkpoint = open_model(args.model or DEMO_FOLDER)
     moments.write(args.moments, checkpoint.schema.matrix_widths(), model=checkpoint.fingerprint(), tokens=tokens)
@@ -107,7 +107,7 @@ def record(
     """Have the engine read the text, with `head` to the logits, with a progress line. Raises RequestError before it
     reads where the disk of `out` has no room for what comes of it."""
     from k2lite.demo_folder import DEMO_FOLDER
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
     from k2lite.offload.routing_trace import TracedModel
     from k2lite.progress import ProgressLine
     from k2lite.quant.durable_files import demand_room

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    from k2lite.loading import open_model
+    from k2lite.model_folder import open_model
     from k2lite.offload.store import ExpertStore
     from k2lite.offload.verify import verify
     from k2lite.progress import ProgressLine

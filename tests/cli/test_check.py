@@ -25,7 +25,7 @@ from k2lite.cli import main
 from k2lite.demo_checkpoint import DEMO_CONFIG, write_random_demo, write_random_model
 from k2lite.demo_folder import DEMO_FOLDER
 from k2lite.errors import ContextLengthError
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.prediction import engine_cache
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.speed_model import Bandwidths

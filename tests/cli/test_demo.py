@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from k2lite.demo_folder import DEMO_FOLDER
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from tests.conftest import REPO
 
 from .conftest import Run

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from k2lite.cli import main
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.gguf_export import EXPORT_TYPES
 from k2lite.verbs import export
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint

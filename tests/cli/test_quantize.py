@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import k2lite
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.recipe import TARGETS
 from k2lite.verbs import quantize
 from tests.checkpoints import random_weights, tiny_config, write_checkpoint

@@ -15,7 +15,7 @@ import torch
 import k2lite
 from k2lite.calibration import WAITING_FACTORS, Calibration, demand_memory
 from k2lite.errors import MemoryPlanError
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.moment_recorder import MomentRecorder
 from k2lite.quant import error_compensation
 from k2lite.quant.formats import format_named

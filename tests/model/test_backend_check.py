@@ -13,7 +13,7 @@ from k2lite.backends.base import Capabilities
 from k2lite.cli import build_parser
 from k2lite.demo_checkpoint import DEMO_CONFIG, write_random_demo, write_random_model
 from k2lite.errors import BackendError
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.quantization_plan import plan_quantization
 from k2lite.quant.recipe import default_recipe

@@ -8,7 +8,7 @@ import pytest
 
 from k2lite.demo_checkpoint import write_random_demo
 from k2lite.errors import RequestError
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 
 
 @pytest.mark.parametrize("name", [".", "..", "/", "full", "file", "empty/.."])

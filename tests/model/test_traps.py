@@ -20,7 +20,7 @@ from k2lite.backends import base
 from k2lite.backends.base import Backend, RoutingRule
 from k2lite.config import ModelConfig
 from k2lite.errors import CheckpointError, TokenizerError
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.rope import RopeConfig
 from k2lite.text.byte_tokenizer import write_byte_tokenizer
 from tests.checkpoints import FP8_CONFIG, random_weights, tiny_config, write_checkpoint, write_shards

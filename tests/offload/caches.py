@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.offload.cache import ExpertCache
 from k2lite.offload.direct_files import PAGE_BYTES, DirectFiles
 from k2lite.offload.policies import make_policy

@@ -20,7 +20,7 @@ from k2lite.backends.base import Backend, ExpertSlot
 from k2lite.backends.reference import ReferenceBackend
 from k2lite.cli import main
 from k2lite.errors import BackendError, CheckpointError, RequestError
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.offload import packed_copy
 from k2lite.offload.packed_copy import INDEX_NAME, JOURNAL_NAME, PackedCopy
 from k2lite.quant.formats import QuantFormat, Shape

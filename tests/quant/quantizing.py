@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant import quantizer
 from k2lite.quant.errors import K2LiteError
 from k2lite.quant.file_reading import read_json_object
@@ -31,8 +31,6 @@ WIDE: dict[str, Any] = {
     "kv_lora_rank": 128,
     "v_head_dim": 32,
 }
-# A line of the journal every few experts, as every few dozen GB of a big model.
-KILLED_SYNC_BYTES = 40_000
 RECIPE = Recipe(experts="int4_g32", trunk="keep", lm_head="keep")
 
 
@@ -68,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quantizer.SYNC_BYTES = KILLED_SYNC_BYTES
+    quantizer.SYNC_BYTES = 40_000  # a line of the journal every few experts, as every few dozen GB of a big model
     if int(sys.argv[4]):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))

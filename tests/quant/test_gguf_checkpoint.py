@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import k2lite
 from k2lite.gguf_model import as_folder, open_gguf
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant import conversion
 from k2lite.quant.errors import CheckpointError, ConfigError, K2LiteError
 from k2lite.quant.method import Method

@@ -13,7 +13,7 @@ import torch
 
 from k2lite.gguf_metadata import kv_b_heads
 from k2lite.gguf_model import export_metadata
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant import conversion, gguf_export, gguf_split, gguf_writer
 from k2lite.quant.errors import CheckpointError, RequestError
 from k2lite.quant.gguf_export import EXPORT_TYPES, ExportProgress, export, plan_export

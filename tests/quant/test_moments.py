@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.errors import CheckpointError, RequestError
 from k2lite.quant.formats import format_named
 from k2lite.quant.moments import PRIOR_TOKENS, Moments, open_moments, write_moments

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.types import ExpertKey
 from tests.quant.headers import Entry, inventory_tensors, write_sparse_folder

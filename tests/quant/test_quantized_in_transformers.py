@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.expert_layout import expert_weights, read_extents
 from k2lite.quant.recipe import Recipe
 from k2lite.quant.types import PROJECTIONS, ExpertKey

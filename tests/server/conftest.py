@@ -22,8 +22,6 @@ from k2lite.server.listening import config, listen
 from k2lite.server.prefix_store import PrefixStore
 from k2lite.server.service import Limits, Service
 
-PATIENCE_S = 600  # for a reply on a machine that is busy or stands still; nothing waits longer than it must
-
 
 @contextmanager
 def served(

@@ -20,11 +20,12 @@ import pytest
 from k2lite.engine import Engine
 from k2lite.server.service import Limits, Service
 from tests.samples import examples
-from tests.server.conftest import PATIENCE_S, served
+from tests.server.conftest import served
 from tests.server.test_staying_up import soon
 from tests.server.tools import CLAUDE_TOOL, TOOL, UNITS
 
 AT_ONCE = 32
+PATIENCE_S = 60
 BODY_LIMIT = 1 << 20
 LONGEST = 24
 HEAD_S = "k2lite.server.listening.HEAD_S"

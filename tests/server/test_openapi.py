@@ -15,7 +15,6 @@ from k2lite.server.app import Server
 from k2lite.server.openapi import described
 from k2lite.server.service import Service
 from tests.samples import examples
-from tests.server.conftest import PATIENCE_S
 
 DESCRIPTION = described()
 ASKED = [(path, verbs["post"]) for path, verbs in DESCRIPTION["paths"].items() if "post" in verbs]
@@ -87,7 +86,7 @@ def test_any_request_gets_a_described_reply(tiny_server: tuple[str, Service], mo
     real = Engine.check_request
     monkeypatch.setattr(Engine, "check_request", lambda self, have, want: min(real(self, have, want), 8))
     statuses = []
-    with httpx.Client(base_url=tiny_server[0], timeout=PATIENCE_S) as client:
+    with httpx.Client(base_url=tiny_server[0], timeout=60) as client:
 
         @given(requests())
         @settings(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.offload.routing_trace import read_trace
 from tests.tools.test_make_slice import SIZES
 from tools import bench_tiers

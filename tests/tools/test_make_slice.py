@@ -17,7 +17,7 @@ import k2lite
 from k2lite.cli import main as k2lite_main
 from k2lite.config import parse_config
 from k2lite.errors import CheckpointError, ConfigError, K2LiteError, RequestError
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.formats import FORMAT_NAMES, format_named
 from k2lite.quant.types import ExpertKey
 from tests.quant.headers import inventory_tensors

@@ -11,7 +11,7 @@ import torch
 
 import k2lite
 from k2lite.calibration import Calibration
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.moment_recorder import MomentRecorder
 from tools.demo_training.export import export, load_exported
 from tools.demo_training.transformer import Transformer

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.checkpoint import Checkpoint
 from k2lite.quant.expert_layout import expert_weights, read_extents
 from k2lite.quant.formats import FP8_NAME, format_named

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from k2lite.loading import open_model
+from k2lite.model_folder import open_model
 from k2lite.quant.durable_files import write_new_folder
 from k2lite.quant.errors import RequestError
 from k2lite.text.byte_tokenizer import N_BYTES, write_byte_tokenizer
